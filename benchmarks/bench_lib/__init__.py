@@ -1,0 +1,1 @@
+"""Parts of the push-pull benchmark (see ../README.md); found because pushpull.py stands beside it."""

@@ -1,0 +1,110 @@
+"""What bare ZeroMQ can do at best: a one-way stream of 1 MB messages from one process to another.
+
+Nothing is decoded, kept or applied: the receiver drops each message and acknowledges once, at the end.
+The clock is the sender's: from its first send to that acknowledgement.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import zmq
+
+from bench_lib.child import RunOnce, Tell
+from bench_lib.contender import MB, ContenderError, Spec
+from bench_lib.crew import Crew
+
+MESSAGE_BYTES = MB
+BEGIN, READY = b"begin", b"ready"
+
+Transport = Literal["ipc", "tcp"]
+
+
+class StreamContender:
+    """Sender and receiver, one process each."""
+
+    def __init__(self, name: str, spec: Spec, transport: Transport) -> None:
+        self.name = name
+        self._spec = spec
+        self._transport = transport
+        self._crew = Crew(name, spec.timeout_s)
+
+    def start(self) -> None:
+        common = (self._spec.payload_bytes, round(self._spec.timeout_s * 1000))
+        self._crew.spawn("receiver", receiver_worker, _bind_address(self._transport), *common)
+        self._crew.spawn("sender", sender_worker, self._crew.hear("receiver"), *common)
+        self._crew.await_ready()
+
+    def run_once(self) -> float:
+        return self._crew.run_once()["sender"]
+
+    def close(self) -> None:
+        self._crew.close()
+
+
+def _bind_address(transport: Transport) -> str:
+    match transport:
+        case "ipc":
+            return f"ipc://@downpour-bench-{uuid.uuid4().hex}"  # Linux's abstract names leave no file behind
+        case "tcp":
+            return "tcp://127.0.0.1:*"
+
+
+@contextmanager
+def sender_worker(_tell: Tell, address: str, payload_bytes: int, timeout_ms: int) -> Iterator[RunOnce]:
+    """Sends the payload as slices of one array, without copying (`copy=False`)."""
+    payload = np.ones(payload_bytes, dtype=np.uint8).data
+    messages = [payload[start : start + MESSAGE_BYTES] for start in range(0, payload_bytes, MESSAGE_BYTES)]
+    with _pair_socket(timeout_ms) as socket:
+        socket.connect(address)
+
+        def run_once() -> float:
+            socket.send(BEGIN)
+            if (answer := socket.recv()) != READY:  # the receiver is now waiting for data
+                raise ContenderError(f"receiver sent {answer!r} instead of {READY!r}")
+            start = time.perf_counter()
+            for message in messages:
+                socket.send(message, copy=False)
+            acknowledged = int(socket.recv())
+            took_s = time.perf_counter() - start
+            if acknowledged != payload_bytes:
+                raise ContenderError(f"{acknowledged} bytes arrived of {payload_bytes}")
+            return took_s
+
+        yield run_once
+
+
+@contextmanager
+def receiver_worker(tell: Tell, address: str, payload_bytes: int, timeout_ms: int) -> Iterator[RunOnce]:
+    """Takes each message as a frame (`copy=False`), counts its bytes and drops it."""
+    with _pair_socket(timeout_ms) as socket:
+        socket.bind(address)
+        tell(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+        def run_once() -> float:
+            start = time.perf_counter()
+            if (first := socket.recv()) != BEGIN:
+                raise ContenderError(f"sender sent {first!r} instead of {BEGIN!r}")
+            socket.send(READY)
+            arrived = 0
+            while arrived < payload_bytes:
+                arrived += len(socket.recv(copy=False))
+            socket.send(str(arrived).encode())
+            return time.perf_counter() - start
+
+        yield run_once
+
+
+@contextmanager
+def _pair_socket(timeout_ms: int) -> Iterator[zmq.Socket[bytes]]:
+    """A PAIR socket with libzmq's defaults, except that no wait is endless."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+        socket.setsockopt(zmq.SNDTIMEO, timeout_ms)
+        yield socket

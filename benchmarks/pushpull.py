@@ -1,0 +1,98 @@
+"""How fast are N MB of fp32 pushed and pulled between two processes, and how far is that from the limits?
+
+`python benchmarks/pushpull.py --help`; benchmarks/README.md says what is measured and what is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench_lib.contender import Entry, Spec
+from bench_lib.contenders import registry, unavailable
+
+
+def main(arguments: list[str] | None = None) -> int:
+    entries = registry()
+    options = _parse(arguments, [entry.name for entry in entries])
+    skipped = unavailable()
+    if options.list:
+        _list(entries, skipped)
+        return 0
+    if options.only:
+        entries = [entry for entry in entries if entry.name in options.only]
+        skipped = {name: reason for name, reason in skipped.items() if name in options.only}
+    return _measure([entry for entry in entries if entry.name not in skipped], skipped, options)
+
+
+def _measure(entries: list[Entry], skipped: dict[str, str], options: argparse.Namespace) -> int:
+    from bench_lib import machine
+
+    machine.use_one_thread()  # before anything heavy is imported, here or in a child
+    from bench_lib import results
+    from bench_lib.report import Report
+    from bench_lib.runner import Runner
+
+    report = Report()
+    for name, reason in skipped.items():
+        report.say(f"{name} is skipped: {reason}")
+    if not entries:
+        return 1
+    spec = Spec.of_mb(options.mb)
+    facts = machine.look()
+    try:
+        outcome = Runner(entries, spec, report.say).run(options.runs, options.warmup)
+    except KeyboardInterrupt:
+        report.say("interrupted; everything that was started has ended")
+        return 130
+    settings = results.Settings(spec.payload_bytes, options.runs, options.warmup)
+    found = results.conclude(entries, settings, facts, outcome, skipped)
+    report.show(found)
+    if options.json is not None:
+        results.write_json(found, options.json)
+        report.say(f"written: {options.json}")
+    return 1 if found.failed else 0
+
+
+def _parse(arguments: list[str] | None, names: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--mb", type=_at_least_one, default=100, help="payload one way, in 10^6 bytes (default 100)")
+    add("--runs", type=_at_least_one, default=7, help="timed runs per contender (default 7)")
+    add("--warmup", type=_at_least_zero, default=2, help="runs before those, not counted (default 2)")
+    add("--only", nargs="+", metavar="NAME", choices=names, help="only these contenders (see --list)")
+    add("--json", type=_writable, metavar="FILE", help="also write all samples, medians and ratios here")
+    add("--list", action="store_true", help="list the contenders and stop")
+    return parser.parse_args(arguments)
+
+
+def _list(entries: list[Entry], skipped: dict[str, str]) -> None:
+    for entry in entries:
+        note = f"  (skipped: {skipped[entry.name]})" if entry.name in skipped else ""
+        print(f"{entry.name:<16}{entry.group:<7}counts {entry.counted_what}{note}")
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _at_least_zero(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _writable(text: str) -> Path:
+    """Found out now rather than after minutes of measuring."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, or its folder does not exist")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

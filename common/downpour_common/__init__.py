@@ -1,0 +1,1 @@
+"""What every Downpour process shares: messages, wire format, transports, parameter space, errors."""

@@ -1,0 +1,97 @@
+"""Every error that Downpour raises on purpose.
+
+::
+
+    DownpourError
+    ├── ConfigError            the job's description cannot be used         (exit code 2)
+    ├── ModelError             the model, optimizer or loader cannot be distributed as it is
+    │   └── ModelMismatch      this worker's model differs from the job's
+    ├── ProtocolError          a message is malformed or out of place
+    ├── PeerError              another process did not do its part
+    │   ├── PeerTimeout        … within its deadline
+    │   └── PeerRefused        … and said why
+    ├── NonFiniteContribution  a gradient holds NaN or Inf
+    ├── CheckpointError        a checkpoint cannot be written, read or used (exit code 74)
+    └── JobFailed              a process of the job failed
+
+Facts stand in attributes; the message is for people and says what to do.
+"""
+
+from __future__ import annotations
+
+
+class DownpourError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(DownpourError):
+    """The job cannot be run as described. ``problems`` lists every reason, one line each."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class ModelError(DownpourError):
+    """The model, optimizer or loader cannot be distributed as it is."""
+
+
+class ModelMismatch(ModelError):
+    """This worker's model is not the one the job started with; ``difference`` names the first tensor."""
+
+    def __init__(self, difference: str) -> None:
+        self.difference = difference
+        super().__init__(
+            f"this worker's model differs from the job's: {difference}. "
+            "Every worker must build the same model and optimizer; check what depends on rank, host or random choice."
+        )
+
+
+class ProtocolError(DownpourError):
+    """A message is malformed, too large, or makes no sense where it arrived."""
+
+
+class PeerError(DownpourError):
+    """Another process did not do its part; ``peer`` is its role and index, e.g. ``server/1``."""
+
+    def __init__(self, peer: str, message: str) -> None:
+        self.peer = peer
+        super().__init__(message)
+
+
+class PeerTimeout(PeerError):
+    """``peer`` did not answer ``awaited`` within ``after_s`` seconds."""
+
+    def __init__(self, peer: str, awaited: str, after_s: float) -> None:
+        self.awaited = awaited
+        self.after_s = after_s
+        super().__init__(
+            peer,
+            f"{peer} did not answer within {after_s:g} s (awaited: {awaited}). "
+            "Look at its log; raise the limit with --set timeout_s=… if the work really takes longer.",
+        )
+
+
+class PeerRefused(PeerError):
+    """``peer`` refused a request; ``code`` is one of :class:`downpour_common.messages.Refusal`."""
+
+    def __init__(self, peer: str, code: str, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(peer, f"{peer}: {reason}")
+
+
+class NonFiniteContribution(DownpourError):
+    """A gradient held NaN or Inf and was not applied."""
+
+
+class CheckpointError(DownpourError):
+    """A checkpoint cannot be written, read or used; ``path`` names it."""
+
+    def __init__(self, path: str, message: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {message}")
+
+
+class JobFailed(DownpourError):
+    """A process of the job failed."""

@@ -1,0 +1,138 @@
+"""Reading and writing safetensors files, streaming, without torch.
+
+The coordinator and the command line assemble files larger than they want to hold in memory, and know tensors
+only as bytes; the ``safetensors`` package asks for all bytes at once. The format is the public one: 8 bytes
+little-endian header length, a JSON header, raw data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import IO, Any
+
+from downpour_common.dtypes import FROM_SAFETENSORS, ITEMSIZE, SAFETENSORS
+from downpour_common.errors import CheckpointError
+
+Bytes = bytes | bytearray | memoryview
+
+HEADER_LIMIT = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """What a tensor is: its name in the file, dtype (torch's name) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+def write_tensors(
+    path: str, heads: Sequence[TensorHead], data: Iterable[Bytes], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors in the order given: to a temporary name, fsynced, renamed, folder fsynced.
+
+    ``data`` yields bytes whose total is that of ``heads``, cut anywhere. Raises :class:`CheckpointError` when the
+    file cannot be written, and leaves nothing behind then.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for head in heads:
+        header[head.name] = {
+            "dtype": SAFETENSORS[head.dtype],
+            "shape": list(head.shape),
+            "data_offsets": [at, at + head.nbytes],
+        }
+        at += head.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        written = sum(file.write(part) for part in data)
+        if written != at:
+            raise ValueError(f"{path}: {written} bytes of data, the header says {at}")
+
+    write_atomically(path, write)
+
+
+def write_atomically(path: str, write: Any) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, make it durable, then rename it to ``path``."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise CheckpointError(path, f"cannot be written: {error.strerror or error}") from error
+
+
+class TensorFile(Mapping[str, memoryview]):
+    """A safetensors file, memory-mapped privately: name → its bytes, writable without changing the file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(path, f"cannot be read: {error}") from None
+        try:
+            self._index(self._map)
+        except (KeyError, TypeError, ValueError) as error:
+            self._map.close()
+            raise CheckpointError(path, f"is not a safetensors file, or damaged: {error}") from None
+
+    def _index(self, data: mmap.mmap) -> None:
+        length = int.from_bytes(data[:8], "little")
+        if not 2 <= length <= min(HEADER_LIMIT, len(data) - 8):
+            raise ValueError(f"header of {length} bytes in a file of {len(data)}")
+        header: dict[str, Any] = json.loads(data[8 : 8 + length])
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.heads: dict[str, TensorHead] = {}
+        self._at: dict[str, tuple[int, int]] = {}
+        for name, row in header.items():
+            head = TensorHead(name, FROM_SAFETENSORS[row["dtype"]], tuple(int(n) for n in row["shape"]))
+            start, stop = (8 + length + int(n) for n in row["data_offsets"])
+            if not 8 + length <= start <= stop <= len(data) or stop - start != head.nbytes:
+                raise ValueError(f"tensor {name} lies outside the file")
+            self.heads[name] = head
+            self._at[name] = (start, stop)
+
+    def __getitem__(self, name: str) -> memoryview:
+        start, stop = self._at[name]
+        return memoryview(self._map)[start:stop]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BufferError):  # a view still in use keeps the mapping until it is collected
+            self._map.close()

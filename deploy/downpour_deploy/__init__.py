@@ -1,0 +1,1 @@
+"""The ``downpour`` command: starts, watches and ends the processes of a job."""

@@ -1,0 +1,144 @@
+"""A process of the job on this machine: started, watched through its pidfd, its output forwarded, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO
+
+from downpour_common.process import die_with_parent, prepare_child
+
+TAIL_LINES = 60
+"""Last lines of output kept for the report of a failure."""
+
+
+class Child:
+    """One process, in a session of its own, so that Ctrl-C reaches only the launcher.
+
+    ``on_line(child, text)`` gets each line of its output, ``on_exit(child)`` is called once, after the last of them.
+    The process dies with the launcher, whatever kills that.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        index: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: str,
+        on_line: Callable[[Child, str], None],
+        on_exit: Callable[[Child], None],
+    ) -> None:
+        self.role, self.index = role, index
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.returncode: int | None = None
+        self._on_line, self._on_exit = on_line, on_exit
+        self._loop = asyncio.get_running_loop()
+        self._log: BinaryIO = open(log, "ab", buffering=0)  # noqa: SIM115
+        self._partial = b""
+        self.exited = asyncio.Event()
+        prepare_child()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  the launcher starts children before any thread
+            )
+        except OSError:
+            self._log.close()
+            raise
+        assert self._process.stdout is not None
+        self.pid = self._process.pid
+        self._output = self._process.stdout.fileno()
+        os.set_blocking(self._output, False)
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(self._output, self._read)
+        self._loop.add_reader(self._pidfd, self._ended)
+
+    @property
+    def name(self) -> str:
+        """``role/index``."""
+        return f"{self.role}/{self.index}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self.returncode is None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal the process and whatever it started in its session."""
+        if self.running:
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                pass  # it ended this instant; the pidfd tells
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._output, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self._loop.remove_reader(self._output)
+            return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            self._log.write(data)
+        except OSError as error:
+            self._on_line(self, f"[log not written: {error.strerror}]")
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            self._emit(line)
+
+    def _emit(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip("\r")
+        self.tail.append(text)
+        self._on_line(self, text)
+
+    def _ended(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.returncode = self._process.wait()
+        self._drain()
+        try:
+            os.killpg(self.pid, signal.SIGKILL)  # what the process left running in its session
+        except (ProcessLookupError, PermissionError):
+            pass  # nothing was left
+        self.exited.set()
+        self._on_exit(self)
+
+    def _drain(self) -> None:
+        self._loop.remove_reader(self._output)
+        try:
+            while data := os.read(self._output, 1 << 16):
+                self._take(data)
+        except BlockingIOError:
+            pass  # a process it started still holds the pipe; it is being ended
+        if self._partial:
+            self._emit(self._partial)
+            self._partial = b""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+
+async def end_all(children: Sequence[Child], grace_s: float) -> None:
+    """End every process: SIGTERM, ``grace_s`` seconds, SIGKILL. Returns when all have ended."""
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    waiting = [asyncio.ensure_future(c.exited.wait()) for c in children if c.running]
+    if waiting:
+        await asyncio.wait(waiting, timeout=grace_s)
+        for child in children:
+            child.send_signal(signal.SIGKILL)
+        await asyncio.wait(waiting)

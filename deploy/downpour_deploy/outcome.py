@@ -1,0 +1,120 @@
+"""How a job ended, and what it did: the figures of the closing report and of ``--json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from downpour_coordinator.state import Coordinator
+
+State = Literal["SUCCEEDED", "FAILED", "INTERRUPTED"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The root cause: the first process that ended badly. ``details`` is its traceback or last output."""
+
+    role: str
+    index: int
+    exit_code: int
+    message: str
+    details: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The result of a job. Times in seconds."""
+
+    job: str
+    state: State
+    exit_code: int
+    out: str
+    model: str | None
+    wall_s: float
+    train_s: float
+    start_s: float | None
+    failure: Failure | None
+    steps: int = 0
+    samples: int = 0
+    pushes: int = 0
+    pulls: int = 0
+    bytes_moved: int = 0
+    wait_share: float = 0.0
+    staleness: dict[str, int] = field(default_factory=dict)
+    clock_gap_max: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def samples_per_s(self) -> float:
+        """Training samples per second, from the first step's start to the last worker's end."""
+        return self.samples / self.train_s if self.train_s > 0 else 0.0
+
+    def document(self) -> dict[str, Any]:
+        """For ``--json``."""
+        failure = self.failure
+        return {
+            "job": self.job,
+            "state": self.state,
+            "exit_code": self.exit_code,
+            "steps": self.steps,
+            "samples": self.samples,
+            "samples_per_s": round(self.samples_per_s, 3),
+            "wall_s": round(self.wall_s, 3),
+            "train_s": round(self.train_s, 3),
+            "start_s": None if self.start_s is None else round(self.start_s, 3),
+            "pushes": self.pushes,
+            "pulls": self.pulls,
+            "bytes": self.bytes_moved,
+            "wait_share": round(self.wait_share, 4),
+            "staleness": self.staleness,
+            "clock_gap_max": self.clock_gap_max,
+            "metrics": self.metrics,
+            "out": self.out,
+            "model": self.model,
+            "warnings": self.warnings,
+            "failure": None
+            if failure is None
+            else {
+                "role": failure.role,
+                "index": failure.index,
+                "exit_code": failure.exit_code,
+                "message": failure.message,
+                "details": failure.details,
+            },
+        }
+
+
+def fill_figures(outcome: Outcome, state: Coordinator) -> None:
+    """Add what the coordinator knows."""
+    reports = [w.progress for w in state.workers.values() if w.progress is not None]
+    shards = [s.report for s in state.shards.values()]
+    outcome.steps = max((p.clock - state.facts.clock for p in reports), default=0)
+    outcome.samples = sum(p.samples for p in reports)
+    outcome.pushes = sum(p.pushes for p in reports)
+    outcome.pulls = sum(p.pulls for p in reports)
+    outcome.bytes_moved = sum(p.bytes_sent + p.bytes_received for p in reports)
+    if reports and outcome.train_s > 0:
+        outcome.wait_share = min(1.0, sum(p.wait_s for p in reports) / (outcome.train_s * len(reports)))
+    outcome.staleness = quantiles(state.staleness())
+    outcome.clock_gap_max = max((int(s.get("clock_gap_max", 0)) for s in shards), default=0)
+    outcome.metrics = dict(state.latest)
+
+
+def quantiles(counts: Counter[int]) -> dict[str, int]:
+    """Median, 99th percentile and largest value of a histogram; empty for an empty one."""
+    total = counts.total()
+    if not total:
+        return {}
+    values = sorted(counts.items())
+
+    def at(share: float) -> int:
+        seen = 0
+        for value, count in values:
+            seen += count
+            if seen >= share * total:
+                return value
+        return values[-1][0]
+
+    return {"p50": at(0.5), "p99": at(0.99), "max": values[-1][0]}

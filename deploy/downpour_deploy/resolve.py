@@ -1,0 +1,126 @@
+"""From what the user typed to a :class:`JobSpec` with nothing left open. All problems are reported together."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+
+from downpour_common.config import JobSpec, job_spec, parse_settings
+from downpour_common.errors import CheckpointError, ConfigError
+from downpour_coordinator import checkpoints
+from downpour_coordinator.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """The command line's values as they were given."""
+
+    script: str
+    args: tuple[str, ...]
+    workers: str
+    shards: int
+    mode: str
+    device: str
+    threads: str
+    seed: int | None
+    out: str | None
+    resume: str | None
+    settings: tuple[str, ...]
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedJob:
+    """A job that can start. ``notes`` are for the user to read."""
+
+    spec: JobSpec
+    checkpoint: Checkpoint | None
+    cores: int
+    notes: tuple[str, ...]
+
+
+def resolve(wishes: Wishes) -> ResolvedJob:
+    """Fill in defaults and check. Raises :class:`ConfigError`, :class:`CheckpointError`."""
+    problems: list[str] = []
+    notes: list[str] = []
+    cores = len(os.sched_getaffinity(0))
+    if not os.path.isfile(wishes.script):
+        problems.append(f"{wishes.script}: no such file; give the path of the training script")
+    workers = _count("--workers", wishes.workers, cores, problems)
+    processes = max(1, workers + max(1, wishes.shards))
+    preset = os.environ.get("OMP_NUM_THREADS", "")
+    auto = int(preset) if preset.isdecimal() and int(preset) else max(1, cores // processes)
+    threads = _count("--threads", wishes.threads, auto, problems)
+    checkpoint = None
+    try:
+        if wishes.resume is not None:
+            checkpoint, skipped = checkpoints.newest(wishes.resume)
+            notes += [f"skipped a damaged checkpoint: {text}" for text in skipped]
+    except CheckpointError as error:
+        problems.append(f"--resume {error}")
+    seed = wishes.seed
+    if seed is None:
+        seed = int(checkpoint.manifest["seed"]) if checkpoint else 0
+    elif checkpoint and seed != checkpoint.manifest["seed"]:
+        notes.append(f"the seed changed from {checkpoint.manifest['seed']} to {seed}: the open epoch starts over")
+    fields: dict[str, object] = {
+        "name": wishes.name if wishes.name is not None else _name(wishes.script),
+        "script": wishes.script,
+        "args": wishes.args,
+        "workers": workers,
+        "shards": wishes.shards,
+        "mode": wishes.mode,
+        "device": wishes.device,
+        "threads": threads,
+        "seed": seed,
+        "out": _out(wishes, problems),
+        "resume": checkpoint.folder if checkpoint else None,
+    }
+    try:
+        fields["settings"] = parse_settings(wishes.settings)
+    except ConfigError as error:
+        problems += error.problems
+    spec = None
+    try:
+        spec = job_spec(**fields)
+    except ConfigError as error:
+        problems += error.problems
+    if problems or spec is None:
+        raise ConfigError(*problems)
+    return ResolvedJob(spec, checkpoint, cores, tuple(notes))
+
+
+def _count(option: str, text: str, auto: int, problems: list[str]) -> int:
+    if text == "auto":
+        return auto
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    problems.append(f"{option} {text}: expected a positive number, or auto")
+    return 1
+
+
+def _name(script: str) -> str:
+    stem = os.path.splitext(os.path.basename(script))[0].lower()
+    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-")[:40] or "job"
+
+
+def _out(wishes: Wishes, problems: list[str]) -> str:
+    """The run directory: as given; the resumed run's own; or a new one under ``runs/``."""
+    if wishes.out is None:
+        if wishes.resume is not None and os.path.isdir(os.path.join(wishes.resume, "checkpoints")):
+            return wishes.resume
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        base = os.path.join("runs", f"{wishes.name or _name(wishes.script)}-{stamp}")
+        out, number = base, 1
+        while os.path.exists(out):
+            number += 1
+            out = f"{base}-{number}"
+        return out
+    out = wishes.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        problems.append(f"--out {out}: is a file; give a folder")
+    elif os.path.isdir(out) and os.listdir(out) and wishes.resume is None:
+        problems.append(f"--out {out}: is not empty; give another folder, or go on with --resume {out}")
+    return out

@@ -1,0 +1,45 @@
+"""``python -m downpour_server CONFIG``: one shard process. CONFIG is a ShardConfig as JSON; started by launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from types import FrameType
+
+from downpour_common import exitcodes, wire
+from downpour_common.errors import DownpourError
+from downpour_common.transport.zeromq import ZmqClient, ZmqServer
+from downpour_server.service import ShardConfig, ShardService, use_this_process
+
+
+def main() -> int:
+    """Serve until told to stop; an exit code."""
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)  # noqa: T201
+        return exitcodes.USAGE
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business; it ends the shard itself
+    config = ShardConfig(**json.loads(sys.argv[1]))
+    use_this_process(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        data = ZmqServer(config.endpoint)
+        control = ZmqClient(wire.CONTROL_HEADER_LIMIT)
+        try:
+            ShardService(config, data, control).run()
+        finally:
+            control.close()
+            data.close()
+    except DownpourError as error:
+        print(f"server/{config.shard}: {error}", file=sys.stderr)  # noqa: T201
+        return exitcodes.FAILED
+    return exitcodes.OK
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

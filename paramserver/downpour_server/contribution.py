@@ -1,0 +1,19 @@
+"""A contribution inside the shard: what a Push or PushPull becomes once it has been checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Contribution:
+    """``gradient`` is flat, of the chunk's dtype and length; the memory is the shard's own."""
+
+    slot: int
+    seq: int
+    samples: int
+    base_version: int
+    hyper: bytes
+    gradient: torch.Tensor

@@ -1,0 +1,46 @@
+"""Policies: *when* contributions are applied and pulls answered. A new one is one file and one line here.
+
+Each chunk has its own :class:`Gate`, so chunks of one push stream through independently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from downpour_common.modes import Mode
+from downpour_server.contribution import Contribution
+from downpour_server.members import Members
+from downpour_server.policy import asynchronous, stale, synchronous
+
+Round = list[Contribution]
+"""Contributions that are applied as one update, in the order in which they are reduced."""
+
+
+class Gate(Protocol):
+    """The policy of one chunk. Contributions of one slot arrive in the order of their ``seq``."""
+
+    def offer(self, contribution: Contribution) -> list[Round]:
+        """A contribution has arrived; returns the updates that are due now, in order."""
+
+    def members_changed(self) -> list[Round]:
+        """The awaited slots have changed; returns the updates that are due now, in order."""
+
+    def may_answer(self, slot: int, seq: int) -> bool:
+        """Whether the fetch that came with contribution ``seq`` of ``slot`` may be answered now."""
+
+    def waits_for(self, slot: int, seq: int) -> list[int]:
+        """The slots whose contributions that fetch is waiting for."""
+
+    def clock_gap(self, slot: int, seq: int) -> int:
+        """Clocks by which ``slot``, having completed ``seq``, is ahead of the slowest awaited one."""
+
+
+GateFactory = Callable[[Mode, Members], Gate]
+
+POLICIES: dict[str, GateFactory] = {
+    "async": asynchronous.AsyncGate,
+    "ssp": stale.StaleGate,
+    "sync": synchronous.SyncGate,
+}
+"""By the name of the mode."""

@@ -1,0 +1,34 @@
+"""``async``: applied on arrival, answered at once (Downpour SGD, Dean et al. 2012, section 4.1)."""
+
+from __future__ import annotations
+
+from downpour_common.modes import Mode
+from downpour_server.contribution import Contribution
+from downpour_server.members import Members
+
+
+class AsyncGate:
+    """Nobody waits for anybody."""
+
+    def __init__(self, _mode: Mode, _members: Members) -> None:
+        pass
+
+    def offer(self, contribution: Contribution) -> list[list[Contribution]]:
+        """See :class:`downpour_server.policy.Gate`."""
+        return [[contribution]]
+
+    def members_changed(self) -> list[list[Contribution]]:
+        """See :class:`downpour_server.policy.Gate`."""
+        return []
+
+    def may_answer(self, _slot: int, _seq: int) -> bool:
+        """See :class:`downpour_server.policy.Gate`."""
+        return True
+
+    def waits_for(self, _slot: int, _seq: int) -> list[int]:
+        """See :class:`downpour_server.policy.Gate`."""
+        return []
+
+    def clock_gap(self, _slot: int, _seq: int) -> int:
+        """Not measured: nothing bounds it."""
+        return 0

@@ -1,0 +1,101 @@
+"""torch's own optimizers as update rules: one optimizer instance per chunk, fused where torch has it for CPUs.
+
+All of them are elementwise, so an optimizer over a slice of the flat vector does exactly what it would do to
+the tensors in it (fused kernels round differently in the last bit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
+
+
+
+_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+class TorchRule:
+    """A :class:`downpour_server.rules.Rule` around one torch optimizer class."""
+
+    def __init__(self, optimizer: type[Optimizer], fused: bool, options: Mapping[str, Any]) -> None:
+        self._class = optimizer
+        self._fused = fused
+        self._options = _usable(options)
+        self._weights: torch.nn.Parameter | None = None
+        self._optimizer: Optimizer | None = None
+
+    def _bound_to(self, weights: torch.Tensor) -> tuple[torch.nn.Parameter, Optimizer]:
+        if self._weights is None or self._optimizer is None:
+            self._weights = torch.nn.Parameter(weights)
+            options = dict(self._options)
+            if self._fused and weights.dtype in _FUSED_DTYPES:
+                options["fused"] = True
+            # Options that __init__ does not take (initial_lr of a scheduler) are set on the group afterwards.
+            self._optimizer = self._class([self._weights], **_accepted(self._class, options))
+            self._optimizer.param_groups[0].update(options)
+        elif self._weights.data_ptr() != weights.data_ptr():
+            self._weights.data = weights
+        return self._weights, self._optimizer
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """See :class:`downpour_server.rules.Rule`."""
+        self._options.update(_usable(options))
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0].update(self._options)
+
+    def apply(self, weights: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See :class:`downpour_server.rules.Rule`."""
+        parameter, optimizer = self._bound_to(weights)
+        parameter.grad = gradient
+        optimizer.step()
+        parameter.grad = None
+
+    def state(self) -> dict[str, torch.Tensor | float]:
+        """See :class:`downpour_server.rules.Rule`."""
+        if self._weights is None or self._optimizer is None:
+            return {}
+        state: dict[str, torch.Tensor | float] = {}
+        for name, value in self._optimizer.state[self._weights].items():
+            if isinstance(value, torch.Tensor) and value.shape == self._weights.shape:
+                state[name] = value
+            elif value is not None:
+                state[name] = float(value)
+        return state
+
+    def load_state(self, weights: torch.Tensor, state: Mapping[str, torch.Tensor | float]) -> None:
+        """See :class:`downpour_server.rules.Rule`."""
+        parameter, optimizer = self._bound_to(weights)
+        if not state:
+            return
+        for name, value in state.items():
+            as_tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)
+            optimizer.state[parameter][name] = as_tensor
+
+
+def _usable(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name not in IMPLEMENTATION_OPTIONS
+    }
+
+
+def _accepted(optimizer: type[Optimizer], options: Mapping[str, Any]) -> dict[str, Any]:
+    known = optimizer.__init__.__code__.co_varnames
+    return {name: value for name, value in options.items() if name in known}
+
+
+sgd = partial(TorchRule, SGD, True)
+adam = partial(TorchRule, Adam, True)
+adamw = partial(TorchRule, AdamW, True)
+adagrad = partial(TorchRule, Adagrad, True)
+rmsprop = partial(TorchRule, RMSprop, False)
+adamax = partial(TorchRule, Adamax, False)
+nadam = partial(TorchRule, NAdam, False)
+radam = partial(TorchRule, RAdam, False)

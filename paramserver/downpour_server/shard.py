@@ -1,0 +1,302 @@
+"""The shard as a state machine: messages in, effects out. No sockets, no clock, no files.
+
+``handle`` is the only method that changes state. Time comes in with each event and is only compared with
+itself, so safety never depends on a wall clock.
+
+Exactly once: a contribution is checked against the slot's dedup window of its chunk before anything else sees
+it. A repeat is never applied again; it is answered from the chunk's present state, under the same rule as the
+original. A contribution of an older worker epoch, or for another shard epoch, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from downpour_common import messages as m
+from downpour_common.errors import ProtocolError
+from downpour_common.layout import Layout
+from downpour_common.messages import Message, Refusal
+from downpour_common.modes import Mode
+from downpour_common.transport import Peer
+from downpour_server.contribution import Contribution
+from downpour_server.dedup import Seen
+from downpour_server.members import Members
+from downpour_server.policy import POLICIES, Gate
+from downpour_server.snapshot import Capture, WriteSnapshot
+from downpour_server.stats import ShardStats
+from downpour_server.store import StoredChunk
+from downpour_server.tensors import from_bytes, is_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which shard of which job this is."""
+
+    job: str
+    shard: int
+    shard_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Effect: send ``message`` to ``peer``."""
+
+    peer: Peer
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SendWeights:
+    """Effect: send ``stored``'s weights as they are at this moment, and tell ``stored.being_read``."""
+
+    peer: Peer
+    request: int
+    stored: StoredChunk
+
+
+Effect = Reply | SendWeights | WriteSnapshot
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """A fetch that is not answered yet. ``seq`` is -1 for a plain pull, which waits for the first weights only."""
+
+    peer: Peer
+    request: int
+    slot: int
+    seq: int
+    since_s: float
+
+
+class Shard:
+    """State of one shard; see the module."""
+
+    def __init__(
+        self, identity: Identity, layout: Layout, mode: Mode, workers: int, timeout_s: float
+    ) -> None:
+        self.identity = identity
+        self.layout = layout
+        self.stats = ShardStats()
+        self.chunks = {
+            c.index: StoredChunk(
+                c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {}
+            )
+            for c in layout.of_shard(identity.shard)
+        }
+        self._clock = 0
+        self._timeout_s = timeout_s
+        self._members = Members(workers)
+        self._gates: dict[int, Gate] = {}
+        for index, stored in self.chunks.items():
+            bounded = stored.chunk.kind == "trainable" or mode.synchronous
+            self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._members)
+        self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
+        self._ending: list[tuple[Peer, int, int]] = []
+        self._worker_epochs: dict[int, int] = {}
+        self._capture: Capture | None = None
+        self._position: tuple[int, ...] = ()
+
+    def start_from(self, clock: int) -> None:
+        """The first sequence number of every worker, when the job goes on from a checkpoint."""
+        self._clock = clock
+
+    def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
+        """Take one message from a worker; returns what is to be done, in order."""
+        effects: list[Effect] = []
+        match message:
+            case m.PushPull() | m.Push():
+                self._contribute(peer, message, now_s, effects)
+            case m.Pull():
+                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                    self._fetch(peer, message, now_s, effects)
+            case m.Hello():
+                self._hello(peer, message, effects)
+            case m.Init():
+                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                    self._initialise(peer, message, effects)
+            case m.EndEpoch():
+                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                    self._ending.append((peer, message.request, message.slot))
+                    self._members_changed(self._members.end_epoch(message.slot), effects)
+            case m.Leave():
+                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                    effects.append(Reply(peer, m.Ack(message.request, 0)))
+                    self._members_changed(self._members.leave(message.slot), effects)
+            case _:
+                raise ProtocolError(f"a shard does not take {type(message).__name__}")
+        return effects
+
+    def tick(self, now_s: float) -> list[Effect]:
+        """Refuse the fetches that have waited for longer than the deadline, naming whom they wait for."""
+        effects: list[Effect] = []
+        for index, fetches in self._fetches.items():
+            overdue = [f for f in fetches if now_s - f.since_s > self._timeout_s]
+            for fetch in overdue:
+                fetches.remove(fetch)
+                names = ", ".join(f"worker/{s}" for s in self._gates[index].waits_for(fetch.slot, fetch.seq))
+                reason = f"after {self._timeout_s:g} s still waiting for {names or 'the initial weights of worker/0'}"
+                self._refuse(fetch.peer, fetch.request, Refusal.TIMED_OUT, reason, effects)
+        return effects
+
+    def snapshot(self, snapshot: int, folder: str, at_clock: int) -> list[Effect]:
+        """Begin a snapshot; see :class:`downpour_server.snapshot.Capture`."""
+        effects: list[Effect] = []
+        if self._capture is not None:
+            effects.append(self._capture.failed("another snapshot began before it was complete"))
+        self._capture = Capture(snapshot, folder, at_clock, self.identity, self.chunks)
+        for stored in self.chunks.values():
+            self._capture.look(stored, self._position)
+        self._finish_capture(effects)
+        return effects
+
+    # ------------------------------------------------------------ contributions
+
+    def _contribute(self, peer: Peer, push: m.Contribution, now_s: float, effects: list[Effect]) -> None:
+        if not self._admits(peer, push, push.job, push.slot, push.worker_epoch, effects):
+            return
+        if push.shard_epoch != self.identity.shard_epoch:
+            reason = f"meant for epoch {push.shard_epoch} of this shard, which is in epoch {self.identity.shard_epoch}"
+            self._refuse(peer, push.request, Refusal.STALE_EPOCH, reason, effects)
+            return
+        stored = self._stored(peer, push.request, push.chunk, push.payload, effects)
+        if stored is None:
+            return
+        window = stored.window(push.slot, push.worker_epoch, self._clock)
+        seen = window.look(push.seq)
+        if seen is Seen.TOO_OLD:
+            reason = f"contribution {push.seq} of worker/{push.slot} is older than the window of repeats"
+            self._refuse(peer, push.request, Refusal.STALE_SEQ, reason, effects)
+            return
+        gate = self._gates[push.chunk]
+        if seen is Seen.REPEAT:
+            self.stats.repeats += 1
+        else:
+            gradient = from_bytes(push.payload, stored.chunk.dtype)
+            if not is_finite(gradient):
+                reason = f"contribution {push.seq} of worker/{push.slot} holds NaN or Inf and was not applied"
+                self._refuse(peer, push.request, Refusal.NON_FINITE, reason, effects)
+                return
+            window.record(push.seq)
+            self.stats.bytes_in += stored.chunk.nbytes
+            self._position = max(self._position, push.position)
+            contribution = Contribution(
+                push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient
+            )
+            self._apply(stored, gate.offer(contribution), effects)
+        if isinstance(push, m.PushPull):
+            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
+        else:
+            effects.append(Reply(peer, m.Ack(push.request, stored.version)))
+        self._answer(push.chunk, effects)
+        self._finish_capture(effects)
+
+    def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]], effects: list[Effect]) -> None:
+        for round_ in rounds:
+            if stored.chunk.kind == "trainable":
+                for contribution in round_:
+                    self.stats.staleness[max(0, stored.version - contribution.base_version)] += 1
+                    self.stats.applied += 1
+                self.stats.updates += 1
+            stored.apply(round_)
+            if stored.chunk.kind == "trainable":
+                self.stats.round = max(self.stats.round, stored.version)
+            if self._capture is not None:
+                self._capture.look(stored, self._position)
+
+    def _answer(self, index: int, effects: list[Effect]) -> None:
+        """Answer the chunk's fetches that the policy lets go."""
+        stored, gate = self.chunks[index], self._gates[index]
+        kept = []
+        for fetch in self._fetches[index]:
+            if not stored.initialised or not (fetch.seq < 0 or gate.may_answer(fetch.slot, fetch.seq)):
+                kept.append(fetch)
+                continue
+            if fetch.seq >= 0 and stored.chunk.kind == "trainable":
+                self.stats.clock_gap_max = max(self.stats.clock_gap_max, gate.clock_gap(fetch.slot, fetch.seq))
+            self.stats.bytes_out += stored.chunk.nbytes
+            effects.append(SendWeights(fetch.peer, fetch.request, stored))
+        self._fetches[index] = kept
+
+    def _members_changed(self, turned_over: bool, effects: list[Effect]) -> None:
+        for index, gate in self._gates.items():
+            self._apply(self.chunks[index], gate.members_changed(), effects)
+            self._answer(index, effects)
+        if turned_over:
+            effects.extend(Reply(peer, m.Ack(request, 0)) for peer, request, _ in self._ending)
+            self._ending.clear()
+        self._finish_capture(effects)
+
+    def _finish_capture(self, effects: list[Effect]) -> None:
+        if self._capture is not None and (written := self._capture.effect()) is not None:
+            self._capture = None
+            effects.append(written)
+
+    # ------------------------------------------------------------ everything else
+
+    def _hello(self, peer: Peer, hello: m.Hello, effects: list[Effect]) -> None:
+        if not self._admits(peer, hello, hello.job, hello.slot, hello.worker_epoch, effects):
+            return
+        if hello.digest != self.layout.digest:
+            reason = f"worker/{hello.slot} has a model of another layout than the job"
+            self._refuse(peer, hello.request, Refusal.MODEL_DIFFERS, reason, effects)
+            return
+        reply = m.HelloReply(hello.request, self.identity.shard, self.identity.shard_epoch, self._clock)
+        effects.append(Reply(peer, reply))
+
+    def _initialise(self, peer: Peer, init: m.Init, effects: list[Effect]) -> None:
+        stored = self._stored(peer, init.request, init.chunk, init.payload, effects)
+        if stored is None:
+            return
+        if not is_finite(from_bytes(init.payload, stored.chunk.dtype)) and stored.chunk.kind == "trainable":
+            names = ", ".join(t.name for t, *_ in self.layout.pieces_of(stored.chunk))
+            reason = f"the initial weights hold NaN or Inf, in one of: {names}"
+            self._refuse(peer, init.request, Refusal.NON_FINITE, reason, effects)
+            return
+        stored.initialise(init.payload)
+        effects.append(Reply(peer, m.Ack(init.request, stored.version)))
+        self._answer(init.chunk, effects)
+
+    def _fetch(self, peer: Peer, pull: m.Pull, now_s: float, effects: list[Effect]) -> None:
+        if pull.chunk not in self.chunks:
+            self._refuse(peer, pull.request, Refusal.MALFORMED, f"chunk {pull.chunk} is not here", effects)
+            return
+        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s))
+        self._answer(pull.chunk, effects)
+
+    def _stored(
+        self, peer: Peer, request: int, chunk: int, payload: m.Buffer, effects: list[Effect]
+    ) -> StoredChunk | None:
+        stored = self.chunks.get(chunk)
+        size = memoryview(payload).nbytes
+        if stored is None:
+            self._refuse(peer, request, Refusal.MALFORMED, f"chunk {chunk} is not here", effects)
+        elif size != stored.chunk.nbytes:
+            reason = f"chunk {chunk} has {stored.chunk.nbytes} bytes, the payload {size}"
+            self._refuse(peer, request, Refusal.MALFORMED, reason, effects)
+            return None
+        return stored
+
+    def _admits(
+        self, peer: Peer, message: m.Request, job: str, slot: int, worker_epoch: int, effects: list[Effect]
+    ) -> bool:
+        """Whether the sender belongs here: the job's own, a known slot, the newest epoch of its worker."""
+        if job != self.identity.job:
+            reason = f"this is a shard of job {self.identity.job}, not of {job}"
+            self._refuse(peer, message.request, Refusal.WRONG_JOB, reason, effects)
+            return False
+        if not 0 <= slot < self._members.workers:
+            reason = f"slot {slot} is not among the job's {self._members.workers} workers"
+            self._refuse(peer, message.request, Refusal.MALFORMED, reason, effects)
+            return False
+        newest = self._worker_epochs.setdefault(slot, worker_epoch)
+        if worker_epoch < newest:
+            reason = f"worker/{slot} has been replaced: its epoch {worker_epoch} is over, {newest} is in force"
+            self._refuse(peer, message.request, Refusal.STALE_EPOCH, reason, effects)
+            return False
+        self._worker_epochs[slot] = worker_epoch
+        return True
+
+    def _refuse(self, peer: Peer, request: int, code: Refusal, reason: str, effects: list[Effect]) -> None:
+        self.stats.refused += 1
+        effects.append(Reply(peer, m.Refused(request, code.value, reason)))

@@ -1,0 +1,109 @@
+"""Snapshots of a shard: a consistent capture in memory, then a file written beside the training.
+
+In the synchronous mode a capture has a clock: each trainable chunk is copied at the moment its version reaches
+it, so the files of all shards hold the same round. In the others it is what each chunk holds now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from downpour_common.tensorfile import TensorHead, write_tensors
+from downpour_server.store import StoredChunk
+from downpour_server.tensors import as_bytes
+
+if TYPE_CHECKING:
+    from downpour_server.shard import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSnapshot:
+    """Effect: write ``tensors`` into ``folder`` and report ``document``; or report ``error`` when it is not empty."""
+
+    snapshot: int
+    folder: str
+    shard: int
+    tensors: Mapping[str, torch.Tensor]
+    document: dict[str, Any]
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Capture:
+    """A snapshot being collected. ``at_clock`` -1: now."""
+
+    snapshot: int
+    folder: str
+    at_clock: int
+    identity: Identity
+    chunks: Mapping[int, StoredChunk]
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[str, Any] = field(default_factory=dict)
+    _passed: str = ""
+    _position: tuple[int, ...] = ()
+
+    def look(self, stored: StoredChunk, position: tuple[int, ...]) -> None:
+        """Take ``stored`` if this is its moment; ``position`` is that of the newest contribution seen."""
+        index = stored.chunk.index
+        if stored.chunk.kind != "trainable" or str(index) in self._rows:
+            return
+        if self.at_clock < 0 or stored.version == self.at_clock:
+            self._take(stored)
+            self._position = max(self._position, position)
+        elif stored.version > self.at_clock:
+            self._passed = f"chunk {index} is at clock {stored.version} already, past {self.at_clock}"
+
+    def effect(self) -> WriteSnapshot | None:
+        """The finished snapshot, or None while chunks are missing."""
+        if self._passed:
+            return self.failed(self._passed)
+        if any(s.chunk.kind == "trainable" and str(i) not in self._rows for i, s in self.chunks.items()):
+            return None
+        for stored in self.chunks.values():
+            if str(stored.chunk.index) not in self._rows:
+                self._take(stored)
+        trainable = [str(i) for i, s in self.chunks.items() if s.chunk.kind == "trainable"]
+        versions = {int(self._rows[i]["version"]) for i in trainable}
+        document = {
+            "chunks": self._rows,
+            "trainable_versions": sorted(versions),
+            "position": list(self._position),
+        }
+        return WriteSnapshot(self.snapshot, self.folder, self.identity.shard, self._tensors, document)
+
+    def failed(self, error: str) -> WriteSnapshot:
+        """The snapshot that is not to be."""
+        return WriteSnapshot(self.snapshot, self.folder, self.identity.shard, {}, {}, error)
+
+    def _take(self, stored: StoredChunk) -> None:
+        tensors, row = stored.capture()
+        index = stored.chunk.index
+        self._rows[str(index)] = row
+        self._tensors.update({f"{index}.{name}": tensor for name, tensor in tensors.items()})
+
+
+def write(effect: WriteSnapshot) -> dict[str, Any]:
+    """Write the file; returns the shard's entry in the manifest. Raises :class:`CheckpointError`."""
+    os.makedirs(effect.folder, exist_ok=True)
+    name = f"shard-{effect.shard}.safetensors"
+    path = os.path.join(effect.folder, name)
+    heads = [
+        TensorHead(key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for key, tensor in effect.tensors.items()
+    ]
+    digest = hashlib.sha256()
+
+    def parts() -> Iterator[memoryview]:
+        for tensor in effect.tensors.values():
+            data = as_bytes(tensor)
+            digest.update(data)
+            yield data
+
+    write_tensors(path, heads, parts())
+    return {"file": name, "bytes": os.path.getsize(path), "sha256_data": digest.hexdigest(), **effect.document}

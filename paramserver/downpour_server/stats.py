@@ -1,0 +1,40 @@
+"""What a shard counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class ShardStats:
+    """Counters since the shard's start. Staleness counts each trainable chunk of each applied contribution."""
+
+    staleness: Counter[int] = field(default_factory=Counter)
+    applied: int = 0
+    repeats: int = 0
+    refused: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    clock_gap_max: int = 0
+    updates: int = 0
+    round: int = 0
+    """newest version of any trainable chunk"""
+    _reported_round: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """Plain values for the coordinator; ``rounds_per_report`` is what has come since the last call."""
+        rounds, self._reported_round = self.round - self._reported_round, self.round
+        return {
+            "staleness": {str(k): n for k, n in sorted(self.staleness.items())},
+            "applied": self.applied,
+            "repeats": self.repeats,
+            "refused": self.refused,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "clock_gap_max": self.clock_gap_max,
+            "updates": self.updates,
+            "round": self.round,
+            "rounds_per_report": rounds,
+        }

@@ -1,0 +1,110 @@
+"""One chunk at its shard: weights, version, update rule, dedup windows; and how contributions change them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from downpour_common import wire
+from downpour_common.layout import Chunk
+from downpour_common.messages import Buffer
+from downpour_common.transport import Sent
+from downpour_server.contribution import Contribution
+from downpour_server.dedup import DedupWindow
+from downpour_server.rules import RULES, Rule
+from downpour_server.tensors import as_bytes, from_bytes, torch_dtype, weighted_mean
+
+
+class StoredChunk:
+    """Holds and changes one chunk. ``version`` counts the updates it has absorbed."""
+
+    def __init__(self, chunk: Chunk, rule: str, options: Mapping[str, Any]) -> None:
+        self.chunk = chunk
+        self.version = 0
+        self.initialised = False
+        self.weights = torch.zeros(chunk.numel, dtype=torch_dtype(chunk.dtype))
+        self._rule: Rule | None = RULES[rule](options) if chunk.kind == "trainable" else None
+        self._hyper = b""
+        self._latest: dict[int, torch.Tensor] = {}
+        self._windows: dict[int, tuple[int, DedupWindow]] = {}
+        self._readers: list[Sent] = []
+
+    def initialise(self, payload: Buffer) -> None:
+        """Take the job's first weights; later calls change nothing."""
+        if not self.initialised:
+            self.weights.copy_(from_bytes(payload, self.chunk.dtype))
+            self.initialised = True
+
+    def window(self, slot: int, worker_epoch: int, first_seq: int) -> DedupWindow:
+        """The dedup window of a slot; a new epoch of the worker goes on in the old one's window."""
+        epoch, window = self._windows.get(slot, (worker_epoch, DedupWindow(first_seq)))
+        self._windows[slot] = (max(epoch, worker_epoch), window)
+        return window
+
+    def apply(self, round_: list[Contribution]) -> None:
+        """Absorb one round as one update."""
+        self._before_write()
+        if self._rule is None:
+            self._replace(round_)
+        else:
+            if round_[0].hyper and round_[0].hyper != self._hyper:
+                self._hyper = round_[0].hyper
+                self._rule.set_options(wire.unpack(self._hyper))
+            gradient = weighted_mean([c.gradient for c in round_], [c.samples for c in round_])
+            self._rule.apply(self.weights, gradient)
+        self.version += 1
+
+    def _replace(self, round_: list[Contribution]) -> None:
+        """Buffers: the mean over all slots of what each said last; integers are the lowest slot's."""
+        for contribution in round_:
+            self._latest[contribution.slot] = contribution.gradient
+        latest = [self._latest[slot] for slot in sorted(self._latest)]
+        if self.weights.dtype.is_floating_point or self.weights.dtype.is_complex:
+            mean = weighted_mean([latest[0].clone(), *latest[1:]], [1] * len(latest))
+            self.weights.copy_(mean)
+        else:
+            self.weights.copy_(latest[0])
+
+    def payload(self) -> memoryview:
+        """The weights' memory, to be sent as it is; tell :meth:`being_read` what the transport says."""
+        return as_bytes(self.weights)
+
+    def being_read(self, sent: Sent) -> None:
+        """The weights are under way without a copy until ``sent.done``."""
+        if not sent.done:
+            self._readers = [r for r in self._readers if not r.done]
+            self._readers.append(sent)
+
+    def _before_write(self) -> None:
+        """Copy on write: a reader that is still sending keeps the old memory, so nobody sees a torn chunk."""
+        if self._readers and not all(r.done for r in self._readers):
+            self.weights = self.weights.clone()
+        self._readers = []
+
+    # ------------------------------------------------------------ snapshots
+
+    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A consistent copy: tensors by name (``weights`` and the rule's state), and the plain values beside them."""
+        tensors = {"weights": self.weights.clone()}
+        scalars: dict[str, float] = {}
+        for name, value in self._rule.state().items() if self._rule else ():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.clone()
+            else:
+                scalars[name] = value
+        windows = [
+            [slot, epoch, window.next_seq, sorted(window.above)] for slot, (epoch, window) in self._windows.items()
+        ]
+        return tensors, {"version": self.version, "scalars": scalars, "windows": windows}
+
+    def restore(
+        self, weights: torch.Tensor, state: Mapping[str, torch.Tensor | float], version: int
+    ) -> None:
+        """Start from a checkpoint's values instead of the chief's."""
+        self.weights.copy_(weights)
+        self.version = version
+        self.initialised = True
+        if self._rule is not None:
+            self._rule.load_state(self.weights, dict(state))

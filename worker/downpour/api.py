@@ -1,0 +1,167 @@
+"""The functions of ``import downpour``. Without a launcher they do nothing, and ``prepare`` is the identity."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import traceback
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from downpour.context import WorkerContext, from_environment
+from downpour_common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from downpour.session import Session
+
+_context: WorkerContext | None = from_environment()
+_session: Session | None = None
+_local_model: Any = None
+
+
+def prepare(*objects: Any) -> Any:
+    """Make a script's model, optimizer and data loaders part of the job; returns them in the order given.
+
+    Any of ``torch.nn.Module``, ``torch.optim.Optimizer`` and ``torch.utils.data.DataLoader`` may be given; at most
+    one model and one optimizer, any number of loaders, the training loader first. One object is returned as itself,
+    several as a tuple. Call it once, after the model is on its device.
+
+    Under a launcher the model's parameters become views into flat vectors and take the job's weights, the
+    optimizer's ``step`` pushes and pulls, and the loaders yield this worker's part of each pass. Without one, all
+    are returned untouched.
+
+    Raises :class:`downpour.ModelError` for what cannot be distributed, :class:`downpour.ModelMismatch` when this
+    worker's model differs from the job's, :class:`downpour.PeerTimeout` when the job does not come together.
+    """
+    global _local_model
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+
+    models = [o for o in objects if isinstance(o, nn.Module)]
+    optimizers = [o for o in objects if isinstance(o, Optimizer)]
+    loaders = [o for o in objects if isinstance(o, DataLoader)]
+    if len(models) + len(optimizers) + len(loaders) != len(objects) or len(models) > 1 or len(optimizers) > 1:
+        kinds = ", ".join(type(o).__name__ for o in objects)
+        raise ConfigError(
+            "downpour.prepare takes at most one nn.Module, at most one torch.optim.Optimizer and any number of "
+            f"DataLoaders; it was given: {kinds or 'nothing'}"
+        )
+    _local_model = models[0] if models else None
+    prepared: list[Any] = list(objects)
+    if _context is not None:
+        session = _join(_context)
+        new = iter(session.prepare(_local_model, optimizers[0] if optimizers else None, loaders))
+        prepared = [next(new) if isinstance(o, DataLoader) else o for o in objects]
+    return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+
+def _join(context: WorkerContext) -> Session:
+    global _session
+    if _session is None:
+        from downpour.session import Session
+        from downpour_common import wire
+        from downpour_common.process import keep_freed_memory
+        from downpour_common.transport.zeromq import ZmqClient
+
+        keep_freed_memory()
+        _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT))
+        _watch_the_end(_session)
+    return _session
+
+
+def _watch_the_end(session: Session) -> None:
+    """Finish the session when the script ends, or report why it did not end well."""
+    previous = sys.excepthook
+
+    def on_exception(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        session.fail(f"{kind.__name__}: {error}", text)
+        previous(kind, error, trace)
+
+    sys.excepthook = on_exception
+    atexit.register(session.finish)
+
+
+def log(**values: float) -> None:
+    """Add scalars (numbers or one-element tensors) to the run's ``metrics.jsonl`` and progress, at this clock."""
+    if _session is not None:
+        _session.log(values)
+
+
+def is_chief() -> bool:
+    """Whether this is worker 0, which prints, evaluates and saves. True without a launcher."""
+    return _context is None or _context.is_chief
+
+
+def rank() -> int:
+    """This worker's slot, 0 to ``world_size() - 1``."""
+    return 0 if _context is None else _context.slot
+
+
+def world_size() -> int:
+    """The number of workers; 1 without a launcher."""
+    return 1 if _context is None else _context.workers
+
+
+def seed() -> int:
+    """The job's seed (``--seed``), the same in all workers; 0 without a launcher."""
+    return 0 if _context is None else _context.seed
+
+
+def clock() -> int:
+    """Steps that this worker has completed, those before a resume included; 0 without a launcher."""
+    return 0 if _session is None else _session.clock
+
+
+def epoch() -> int:
+    """Passes finished over the training loader, those before a resume included; 0 without a launcher."""
+    return 0 if _session is None else _session.epoch
+
+
+def device() -> torch.device:
+    """The device for this worker's model: a CUDA device where there is one (``--device``), else the CPU.
+
+    Raises :class:`downpour.ConfigError` when the job asks for CUDA and there is none.
+    """
+    import torch
+
+    wanted = "auto" if _context is None else _context.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device in this process")
+    if wanted != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def pull() -> None:
+    """Fetch the newest weights into the model now; before an evaluation, say."""
+    if _session is not None:
+        _session.pull()
+
+
+def barrier() -> None:
+    """Wait until every live worker has come here."""
+    if _session is not None:
+        _session.barrier()
+
+
+def should_stop() -> bool:
+    """Whether the job is being stopped (Ctrl-C, cancel); a script may then leave its loop and end well."""
+    return _session is not None and _session.should_stop()
+
+
+def save(path: str) -> None:
+    """Write the newest weights as a safetensors file with the state dict's names; only the chief does."""
+    if _session is not None:
+        _session.save(path)
+        return
+    if _local_model is None:
+        raise ConfigError("downpour.save needs a model; give one to downpour.prepare")
+    from downpour.files import save_state_dict
+
+    save_state_dict(_local_model, path)

@@ -1,0 +1,170 @@
+"""The client's state machine: what waits for credit, what is in flight, what is overdue. No sockets, no clock.
+
+Credit: at most ``window_bytes`` of payload per server are unanswered (one message is always let through), so a
+server's memory is bounded whatever the number of messages. Requests to one server leave in the order submitted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from downpour_common import messages as m
+from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRefused, PeerTimeout
+from downpour_common.messages import Message, Refusal, Request
+
+OnAnswer = Callable[[Request], None]
+
+
+class Ticket:
+    """An operation under way: any number of requests that are awaited together.
+
+    ``on_answer`` runs in the client's thread for each answer. ``answers`` receives each answer after that, and
+    None when the ticket has failed, for callers who go on piece by piece.
+    """
+
+    def __init__(self, count: int, on_answer: OnAnswer | None = None) -> None:
+        self.on_answer = on_answer
+        self.answers: SimpleQueue[Request | None] = SimpleQueue()
+        self.error: DownpourError | None = None
+        self._open = count
+        self._done = threading.Event()
+        if count == 0:
+            self._done.set()
+
+    def answered(self, message: Request) -> None:
+        """One of the requests has its answer."""
+        if self.error is not None:
+            return
+        if self.on_answer is not None:
+            self.on_answer(message)
+        self._open -= 1
+        self.answers.put(message)
+        if self._open == 0:
+            self._done.set()
+
+    def failed(self, error: DownpourError) -> None:
+        """One of the requests will never have its answer; the first error counts."""
+        if self.error is None and not self._done.is_set():
+            self.error = error
+            self.answers.put(None)
+            self._done.set()
+
+    def wait(self) -> None:
+        """Until all answers are there. Raises what :meth:`failed` was told; the client's deadlines see to an end."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+    def result(self) -> Request:
+        """The answer of a ticket for one request."""
+        self.wait()
+        answer = self.answers.get()
+        assert answer is not None
+        return answer
+
+
+@dataclass(slots=True)
+class Submission:
+    """A request on its way: ``awaited`` says in words what the answer will be, for error messages."""
+
+    server: str
+    message: Request
+    ticket: Ticket
+    awaited: str
+    timeout_s: float
+    nbytes: int = 0
+    due_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Server:
+    name: str
+    waiting: deque[Submission] = field(default_factory=deque)
+    unanswered_bytes: int = 0
+
+
+class ClientCore:
+    """See the module. ``names`` gives the peer's name for people by server address."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self._window = window_bytes
+        self._servers: dict[str, _Server] = {}
+        self._in_flight: dict[int, Submission] = {}
+        self.closed: DownpourError | None = None
+
+    def name(self, server: str, name: str) -> None:
+        """Call the server at this address ``name`` in errors."""
+        self._servers[server] = _Server(name)
+
+    def submit(self, submission: Submission, now_s: float) -> None:
+        """Take a request; it leaves with :meth:`outgoing` once there is credit."""
+        if self.closed is not None:
+            submission.ticket.failed(self.closed)
+            return
+        submission.due_s = now_s + submission.timeout_s
+        self._servers.setdefault(submission.server, _Server(submission.server)).waiting.append(submission)
+
+    def outgoing(self) -> list[tuple[str, Message]]:
+        """The messages to send now, in order."""
+        sends: list[tuple[str, Message]] = []
+        for address, server in self._servers.items():
+            while server.waiting:
+                head = server.waiting[0]
+                if server.unanswered_bytes and server.unanswered_bytes + head.nbytes > self._window:
+                    break
+                server.waiting.popleft()
+                server.unanswered_bytes += head.nbytes
+                self._in_flight[head.message.request] = head
+                sends.append((address, head.message))
+        return sends
+
+    def received(self, message: Request) -> None:
+        """An answer has come; one that nobody waits for (a repeat, or too late) is ignored."""
+        submission = self._in_flight.pop(message.request, None)
+        if submission is None:
+            return
+        server = self._servers[submission.server]
+        server.unanswered_bytes -= submission.nbytes
+        if isinstance(message, m.Refused):
+            submission.ticket.failed(_refusal(server.name, submission, message))
+        else:
+            submission.ticket.answered(message)
+
+    def tick(self, now_s: float) -> None:
+        """Fail what is overdue."""
+        overdue = [s for s in self._in_flight.values() if now_s > s.due_s]
+        for submission in overdue:
+            del self._in_flight[submission.message.request]
+            self._servers[submission.server].unanswered_bytes -= submission.nbytes
+            self._time_out(submission)
+        for server in self._servers.values():
+            while server.waiting and now_s > server.waiting[0].due_s:
+                self._time_out(server.waiting.popleft())
+
+    def _time_out(self, submission: Submission) -> None:
+        name = self._servers[submission.server].name
+        submission.ticket.failed(PeerTimeout(name, submission.awaited, submission.timeout_s))
+
+    def close(self, error: DownpourError) -> None:
+        """Fail everything under way, and whatever comes later."""
+        self.closed = error
+        waiting = [s for server in self._servers.values() for s in server.waiting]
+        for submission in [*self._in_flight.values(), *waiting]:
+            submission.ticket.failed(error)
+        self._in_flight.clear()
+        for server in self._servers.values():
+            server.waiting.clear()
+
+
+def _refusal(name: str, submission: Submission, refused: m.Refused) -> DownpourError:
+    if refused.code == Refusal.NON_FINITE:
+        return NonFiniteContribution(f"{name}: {refused.reason}")
+    if refused.code == Refusal.TIMED_OUT:
+        error = PeerTimeout(name, submission.awaited, submission.timeout_s)
+        error.args = (f"{name}: {refused.reason} (awaited: {submission.awaited})",)
+        return error
+    return PeerRefused(name, refused.code, refused.reason)

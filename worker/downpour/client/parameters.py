@@ -1,0 +1,200 @@
+"""Push and pull of chunks: the lower-level client for loops of any shape (reinforcement learning, custom rules)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from downpour.client.core import Submission, Ticket
+from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.context import WorkerContext
+from downpour_common import messages as m
+from downpour_common.errors import ProtocolError
+from downpour_common.layout import Chunk, Layout
+from downpour_common.messages import Request
+
+Sink = memoryview
+"""Writable memory that takes a chunk's weights."""
+
+
+class Memory(Protocol):
+    """Host memory of the chunks on the worker's side, ``chunk.nbytes`` bytes each."""
+
+    def weights(self, chunk: Chunk) -> memoryview:
+        """Where the chunk's weights go."""
+
+    def gradient(self, chunk: Chunk) -> memoryview:
+        """What a push of the chunk sends; unchanged until the push is answered."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this worker has moved. Pushes and pulls count operations, not chunks."""
+
+    pushes: int = 0
+    pulls: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PushHeader:
+    """What all chunks of one push have in common."""
+
+    seq: int
+    samples: int
+    position: tuple[int, ...]
+    hyper: Sequence[bytes]
+    """by parameter group: options in force, packed"""
+
+
+class ParameterClient:
+    """Talks to the shards of one job. Chunks go to their shards; base versions are kept per chunk.
+
+    Every call raises :class:`downpour_common.errors.DownpourError`: :class:`PeerTimeout` past the deadline,
+    :class:`NonFiniteContribution` for NaN or Inf, :class:`PeerRefused` otherwise.
+    """
+
+    def __init__(
+        self, thread: ClientThread, context: WorkerContext, layout: Layout, shards: Sequence[str], memory: Memory
+    ) -> None:
+        self.traffic = Traffic()
+        self._thread = thread
+        self._context = context
+        self._layout = layout
+        self._shards = shards
+        self._memory = memory
+        self._epochs = [0] * len(shards)
+        self._versions = [0] * len(layout.chunks)
+        self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
+        for index, address in enumerate(shards):
+            thread.name(address, f"server/{index}")
+
+    def hello(self) -> None:
+        """Introduce this worker to every shard; they refuse a model of another layout."""
+        c = self._context
+
+        def on_answer(message: Request) -> None:
+            assert isinstance(message, m.HelloReply)
+            self._epochs[message.shard] = message.shard_epoch
+
+        self._everywhere(
+            lambda number: m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest), "greeting", on_answer
+        )
+
+    def initialise(self, chunks: Iterable[Chunk]) -> None:
+        """Send the job's first weights."""
+        c = self._context
+        chunks = list(chunks)
+        ticket = Ticket(len(chunks))
+        self._thread.submit(
+            [
+                self._submission(
+                    chunk,
+                    m.Init(
+                        self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, self._memory.weights(chunk)
+                    ),
+                    ticket,
+                    f"initial weights of chunk {chunk.index} to be taken",
+                )
+                for chunk in chunks
+            ]
+        )
+        ticket.wait()
+
+    def pull(self, chunks: Iterable[Chunk]) -> None:
+        """Fetch the newest weights into memory; waits for the first ones if need be."""
+        self.start_pull(chunks).wait()
+
+    def start_pull(self, chunks: Iterable[Chunk]) -> Ticket:
+        """As :meth:`pull`, without waiting; the ticket's answers are the chunks' :class:`Weights`."""
+        c = self._context
+        chunks = list(chunks)
+        ticket = Ticket(len(chunks), self._take_weights)
+        self._thread.submit(
+            [
+                self._submission(
+                    chunk,
+                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index),
+                    ticket,
+                    f"weights of chunk {chunk.index}",
+                )
+                for chunk in chunks
+            ]
+        )
+        self.traffic.pulls += 1
+        return ticket
+
+    def push(self, chunks: Iterable[Chunk], header: PushHeader) -> None:
+        """Send contributions and wait until they are accepted."""
+        chunks = list(chunks)
+        ticket = Ticket(len(chunks))
+        self._thread.submit([self._push(m.Push, chunk, header, ticket) for chunk in chunks])
+        self.traffic.pushes += 1
+        ticket.wait()
+
+    def begin_push_pull(self, count: int) -> Ticket:
+        """A ticket for ``count`` chunks that are pushed and fetched one by one with :meth:`add_push_pull`."""
+        self.traffic.pushes += 1
+        self.traffic.pulls += 1
+        return Ticket(count, self._take_weights)
+
+    def add_push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> None:
+        """Send one chunk's contribution; its new weights come with the answer."""
+        self._thread.submit([self._push(m.PushPull, chunk, header, ticket)])
+
+    def end_epoch(self) -> None:
+        """No more contributions until every live worker says the same; returns then."""
+        c = self._context
+        self._everywhere(
+            lambda number: m.EndEpoch(number, c.job, c.slot, c.worker_epoch),
+            "the end of the epoch in all other workers",
+        )
+
+    def leave(self) -> None:
+        """No more contributions, ever."""
+        c = self._context
+        self._everywhere(lambda number: m.Leave(number, c.job, c.slot, c.worker_epoch), "leave to be noted")
+
+    def _everywhere(self, make: object, awaited: str, on_answer: object = None) -> None:
+        assert callable(make)
+        requests = [(address, make(self._thread.number())) for address in self._shards]
+        self._thread.ask_all(requests, awaited, self._timeout_s, on_answer)  # type: ignore[arg-type]
+
+    def _push(
+        self, kind: type[m.Push] | type[m.PushPull], chunk: Chunk, header: PushHeader, ticket: Ticket
+    ) -> Submission:
+        c = self._context
+        message = kind(
+            self._thread.number(),
+            c.job,
+            self._epochs[chunk.shard],
+            c.slot,
+            c.worker_epoch,
+            header.seq,
+            self._versions[chunk.index],
+            chunk.index,
+            header.samples,
+            header.position,
+            header.hyper[chunk.group] if chunk.group >= 0 else b"",
+            self._memory.gradient(chunk),
+        )
+        self.traffic.bytes_sent += chunk.nbytes
+        return self._submission(chunk, message, ticket, f"answer to push {header.seq} of chunk {chunk.index}")
+
+    def _submission(self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str) -> Submission:
+        return Submission(
+            self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, chunk.nbytes
+        )
+
+    def _take_weights(self, message: Request) -> None:
+        """In the client's thread: put the answer where it belongs."""
+        assert isinstance(message, m.Weights)
+        chunk = self._layout.chunks[message.chunk]
+        payload = memoryview(message.payload)
+        if payload.nbytes != chunk.nbytes:
+            raise ProtocolError(f"chunk {chunk.index} has {chunk.nbytes} bytes, the answer {payload.nbytes}")
+        self._memory.weights(chunk)[:] = payload
+        self._versions[chunk.index] = message.version
+        self.traffic.bytes_received += chunk.nbytes

@@ -1,0 +1,116 @@
+"""The thread that owns the sockets: a thin loop around :class:`ClientCore` and a transport.
+
+The training thread hands requests over a queue and waits on tickets; sockets never cross threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
+from downpour_common.errors import DownpourError, PeerError
+from downpour_common.messages import Message, Request
+from downpour_common.transport import ClientTransport
+
+TICK_S = 0.25
+DEADLINE_MARGIN_S = 5.0
+"""The shard's own deadline comes first, because it knows whom the answer is waiting for."""
+
+
+class ClientThread:
+    """Sends requests and settles tickets until closed. ``on_notice`` gets messages that answer nothing."""
+
+    def __init__(
+        self, transport: ClientTransport, window_bytes: int, on_notice: Callable[[Message], None]
+    ) -> None:
+        self._transport = transport
+        self._core = ClientCore(window_bytes)
+        self._on_notice = on_notice
+        self._inbox: deque[Submission | tuple[str, Message] | Callable[[], None]] = deque()
+        self._numbers = itertools.count(1)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="downpour-io", daemon=True)
+        self._thread.start()
+
+    def number(self) -> int:
+        """A fresh request number."""
+        return next(self._numbers)
+
+    def name(self, server: str, name: str) -> None:
+        """Call the server at this address ``name`` in errors."""
+        self._put(lambda: self._core.name(server, name))
+
+    def submit(self, submissions: list[Submission]) -> None:
+        """Send requests; each settles its ticket."""
+        self._inbox.extend(submissions)
+        self._transport.wake()
+
+    def ask(self, server: str, message: Request, awaited: str, timeout_s: float) -> Request:
+        """Send one request and wait for its answer. Raises :class:`DownpourError`."""
+        ticket = Ticket(1)
+        self.submit([Submission(server, message, ticket, awaited, timeout_s)])
+        return ticket.result()
+
+    def ask_all(
+        self, requests: list[tuple[str, Request]], awaited: str, timeout_s: float, on_answer: OnAnswer | None = None
+    ) -> None:
+        """Send several requests and wait for all answers. Raises :class:`DownpourError`."""
+        ticket = Ticket(len(requests), on_answer)
+        self.submit([Submission(server, message, ticket, awaited, timeout_s) for server, message in requests])
+        ticket.wait()
+
+    def tell(self, server: str, message: Message) -> None:
+        """Send a message that has no answer."""
+        self._put((server, message))
+
+    def close(self) -> None:
+        """Send what is queued, then end the thread and close the sockets."""
+        self._closing.set()
+        self._transport.wake()
+        self._thread.join(timeout=10.0)
+
+    def _put(self, item: Submission | tuple[str, Message] | Callable[[], None]) -> None:
+        self._inbox.append(item)
+        self._transport.wake()
+
+    def _run(self) -> None:
+        last_tick_s = time.monotonic()
+        error: DownpourError = PeerError("worker", "the connection to the servers is closed")
+        try:
+            while True:
+                closing = self._closing.is_set()
+                self._take_inbox()
+                for server, message in self._core.outgoing():
+                    self._transport.send(server, message)
+                if closing and not self._inbox:
+                    break
+                for _, message in self._transport.poll(TICK_S):
+                    if isinstance(message, Request):
+                        self._core.received(message)
+                    else:
+                        self._on_notice(message)
+                now_s = time.monotonic()
+                if now_s - last_tick_s >= TICK_S:
+                    last_tick_s = now_s
+                    self._core.tick(now_s)
+        except Exception as problem:
+            error = PeerError("worker", f"the communication thread failed: {type(problem).__name__}: {problem}")
+            raise
+        finally:
+            self._core.close(error)
+            self._take_inbox()
+            self._transport.close()
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Submission):
+                self._core.submit(item, time.monotonic())
+            elif isinstance(item, tuple):
+                self._transport.send(*item)
+            else:
+                item()

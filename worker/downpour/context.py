@@ -1,0 +1,61 @@
+"""What a launcher tells a worker process, through one environment variable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, cast
+
+from downpour_common.errors import ConfigError
+from downpour_common.modes import Mode, parse_mode
+
+VARIABLE = "DOWNPOUR_WORKER"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """The job as one of its workers sees it. Times in seconds, sizes in bytes."""
+
+    job: str
+    slot: int
+    worker_epoch: int
+    workers: int
+    shards: int
+    coordinator: str
+    mode: str
+    device: Literal["auto", "cpu", "cuda"]
+    seed: int
+    buffers: str
+    n_push: int
+    n_fetch: int
+    chunk_bytes: int
+    window_bytes: int
+    timeout_s: float
+    start_timeout_s: float
+
+    @property
+    def parsed_mode(self) -> Mode:
+        """``mode``, parsed."""
+        return parse_mode(self.mode)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker brings the initial weights."""
+        return self.slot == 0
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables to start the worker's process with."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> WorkerContext | None:
+    """The context, or None where no launcher is. Raises :class:`ConfigError` when it cannot be understood."""
+    text = environment.get(VARIABLE)
+    if not text:
+        return None
+    try:
+        return WorkerContext(**cast(dict[str, object], json.loads(text)))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{VARIABLE} was not set by this version of downpour: {error}") from None

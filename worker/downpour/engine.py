@@ -1,0 +1,162 @@
+"""One training step of a replica: what is pushed, what is fetched, and when, as the mode says.
+
+``async`` with ``n_push`` and ``n_fetch`` is DistBelief's Downpour SGD (Dean et al. 2012, appendix, algorithm
+7.1): the worker takes local steps with its own optimizer, pushes the sum of its gradients every ``n_push``
+steps, and replaces its weights by the servers' every ``n_fetch`` steps. With both at 1, and in ``ssp`` and
+``sync``, each step is one fused push-pull and no local step is needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from downpour.client.core import Ticket
+from downpour.client.parameters import ParameterClient, PushHeader
+from downpour.model import options_of
+from downpour.space import FlatSpace
+from downpour.staging import Staging
+from downpour_common import messages as m
+from downpour_common import wire
+from downpour_common.errors import NonFiniteContribution
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this worker has done. ``clock`` counts completed steps, from the job's start clock."""
+
+    clock: int
+    samples: int = 0
+    wait_s: float = 0.0
+
+
+class Engine:
+    """Steps of one worker. ``position`` gives the training data's (epoch, offset) after the step's samples."""
+
+    def __init__(
+        self,
+        space: FlatSpace,
+        staging: Staging,
+        client: ParameterClient,
+        optimizer: torch.optim.Optimizer,
+        cadence: tuple[int, int],
+        clock: int,
+        position: Callable[[], tuple[int, ...]],
+    ) -> None:
+        self.counters = Counters(clock)
+        self._space = space
+        self._staging = staging
+        self._client = client
+        self._optimizer = optimizer
+        self._n_push, self._n_fetch = cadence
+        self._position = position
+        self._seq = clock
+        self._first_clock = clock
+        self._samples = 0
+        self._chunks = space.layout.by_kind["trainable"]
+        self._first_needed_first = tuple(reversed(self._chunks))
+        self._accrued: dict[int, torch.Tensor] | None = None
+        if self._n_push > 1:
+            self._accrued = {i: torch.zeros_like(g) for i, g in space.gradients.items()}
+
+    def add_samples(self, count: int) -> None:
+        """The gradient at hand comes from ``count`` more samples."""
+        self._samples += count
+        self.counters.samples += count
+
+    def step(self, local_step: Callable[[], None]) -> None:
+        """Complete one step; see the module."""
+        self._space.gather_gradients()
+        if (self._n_push, self._n_fetch) == (1, 1):
+            self._push_pull(self._space.gradients)
+        else:
+            self._downpour(local_step)
+        self.counters.clock += 1
+
+    def zero_gradients(self) -> None:
+        """See :class:`downpour.optimizer.Stepper`."""
+        self._space.zero_gradients()
+
+    def flush(self) -> None:
+        """Push what has accrued since the last push, at the end of training."""
+        if self._accrued is not None and (self.counters.clock - self._first_clock) % self._n_push:
+            self._push(self._accrued)
+
+    def pull(self) -> None:
+        """Fetch the newest weights now."""
+        started_s = time.perf_counter()
+        ticket = self._client.start_pull(self._first_needed_first)
+        self._place(ticket, len(self._chunks))
+        self.counters.wait_s += time.perf_counter() - started_s
+
+    def _downpour(self, local_step: Callable[[], None]) -> None:
+        source = self._space.gradients
+        if self._accrued is not None:
+            for index, accrued in self._accrued.items():
+                accrued.add_(source[index])
+            source = self._accrued
+        done = self.counters.clock - self._first_clock + 1
+        push, fetch = done % self._n_push == 0, done % self._n_fetch == 0
+        if push and fetch:
+            self._push_pull(source)
+        else:
+            if push:
+                self._push(source)
+            if fetch:
+                self.pull()
+            else:
+                local_step()
+        if push and self._accrued is not None:
+            for accrued in self._accrued.values():
+                accrued.zero_()
+
+    def _push_pull(self, source: Mapping[int, torch.Tensor]) -> None:
+        started_s = time.perf_counter()
+        header = self._header()
+        ticket = self._client.begin_push_pull(len(self._chunks))
+        for chunk in self._staging.outgoing(self._chunks, source):
+            self._client.add_push_pull(chunk, header, ticket)
+        self._place(ticket, len(self._chunks))
+        self.counters.wait_s += time.perf_counter() - started_s
+
+    def _push(self, source: Mapping[int, torch.Tensor]) -> None:
+        started_s = time.perf_counter()
+        chunks = list(self._staging.outgoing(self._chunks, source))
+        try:
+            self._client.push(chunks, self._header())
+        except NonFiniteContribution as error:
+            raise self._named(error) from None
+        self.counters.wait_s += time.perf_counter() - started_s
+
+    def _place(self, ticket: Ticket, count: int) -> None:
+        """Bring answers to the device as they come, then wait for the last."""
+        if self._space.device.type == "cuda":
+            for _ in range(count):
+                answer = ticket.answers.get()
+                if answer is None:
+                    break
+                assert isinstance(answer, m.Weights)
+                self._staging.arrived(self._space.layout.chunks[answer.chunk])
+        try:
+            ticket.wait()
+        except NonFiniteContribution as error:
+            raise self._named(error) from None
+        self._staging.settle()
+
+    def _header(self) -> PushHeader:
+        hyper = [wire.pack(options_of(group)) for group in self._optimizer.param_groups]
+        header = PushHeader(self._seq, max(1, self._samples), self._position(), hyper)
+        self._seq += 1
+        self._samples = 0
+        return header
+
+    def _named(self, error: NonFiniteContribution) -> NonFiniteContribution:
+        name = self._space.name_non_finite()
+        return NonFiniteContribution(
+            f"step {self.counters.clock}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
+            "refused it. Lower the learning rate, clip gradients (torch.nn.utils.clip_grad_norm_), or check the "
+            f"input data. [{error}]"
+        )

@@ -1,0 +1,138 @@
+"""From the user's model and optimizer to the :class:`ModelSpec` that every worker must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from downpour_common.dtypes import ITEMSIZE, TRAINABLE
+from downpour_common.errors import ModelError
+from downpour_common.layout import ModelSpec, TensorSpec
+from downpour_common.optimizers import IMPLEMENTATION_OPTIONS, RULE_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model's specification and its tensors by the names in it."""
+
+    spec: ModelSpec
+    tensors: Mapping[str, torch.Tensor]
+    device: torch.device
+
+
+def describe(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, buffers: str) -> Described:
+    """Describe what is to be trained. Raises :class:`ModelError` for what cannot be distributed, with the way out.
+
+    Parameters in the optimizer that require gradients are trainable; all others are frozen: sent once, so that
+    every worker has the same. Buffers that are not part of the state dict stay each worker's own.
+    """
+    rule, groups = _rule(optimizer)
+    named = _named_tensors(model, groups)
+    specs: list[TensorSpec] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for names, tensor in named:
+        group = groups.get(id(tensor), -1)
+        trainable = group >= 0 and tensor.requires_grad
+        kind = "trainable" if trainable else "frozen" if isinstance(tensor, nn.Parameter) else "buffer"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        _check_dtype(names[0], dtype, trainable)
+        specs.append(
+            TensorSpec(
+                names[0], tuple(names[1:]), tuple(tensor.shape), dtype, kind, group if trainable else -1  # type: ignore[arg-type]
+            )
+        )
+        tensors[names[0]] = tensor
+    if optimizer is not None and not any(s.kind == "trainable" for s in specs):
+        raise ModelError(
+            "nothing to train: the optimizer holds no parameter that requires a gradient; "
+            "check requires_grad and what was given to the optimizer"
+        )
+    options = tuple(options_of(group) for group in optimizer.param_groups) if optimizer else ()
+    device = _device([tensors[s.name] for s in specs if s.kind == "trainable"] or list(tensors.values()))
+    return Described(ModelSpec(tuple(specs), rule, options, buffers), tensors, device)
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group that the update rule needs: plain numbers, booleans, strings and lists."""
+    options: dict[str, Any] = {}
+    for name, value in group.items():
+        if name in IMPLEMENTATION_OPTIONS or name == "param_names":
+            continue
+        plain = _plain(value)
+        if plain is not None or value is None:
+            options[name] = plain
+    return options
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]:
+    """The update rule's name, and the parameter group of each parameter by id."""
+    if optimizer is None:
+        return "", {}
+    cls = type(optimizer)
+    if cls.__name__ not in RULE_NAMES or getattr(torch.optim, cls.__name__, None) is not cls:
+        raise ModelError(
+            f"optimizer {cls.__module__}.{cls.__qualname__} has no update rule at the servers; "
+            f"use one of torch.optim's {', '.join(RULE_NAMES)}"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ModelError("an optimizer with differentiable=True cannot be distributed: the update runs elsewhere")
+    return cls.__name__, {
+        id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
+    }
+
+
+def _named_tensors(
+    model: nn.Module | None, groups: Mapping[int, int]
+) -> list[tuple[list[str], torch.Tensor]]:
+    """Every distinct tensor of the state dict with all its names, in the state dict's order."""
+    named: dict[int, tuple[list[str], torch.Tensor]] = {}
+    if model is not None:
+        own = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor) and id(tensor) in own:
+                named.setdefault(id(tensor), ([], tensor))[0].append(name)
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ModelError(
+                    f"parameter {name} has no shape yet (a lazy module); run one batch through the model before prepare"
+                )
+            named.setdefault(id(parameter), ([name], parameter))
+    outside = [i for i in groups if i not in named]
+    if outside:
+        raise ModelError(
+            f"the optimizer holds {len(outside)} parameter(s) that the model given to prepare does not have; "
+            "register them in the model (nn.ParameterDict, nn.ModuleDict) and give prepare that model"
+        )
+    return list(named.values())
+
+
+def _check_dtype(name: str, dtype: str, trainable: bool) -> None:
+    if dtype not in ITEMSIZE:
+        raise ModelError(f"{name} has dtype {dtype}, which Downpour does not carry")
+    if trainable and dtype not in TRAINABLE:
+        raise ModelError(
+            f"parameter {name} has dtype {dtype}; trainable parameters may be {', '.join(sorted(TRAINABLE))}"
+        )
+
+
+def _device(tensors: list[torch.Tensor]) -> torch.device:
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(d) for d in devices))
+        raise ModelError(f"the trainable parameters lie on several devices ({names}); a worker trains on one")
+    device = devices.pop() if devices else torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"parameters on {device} are not supported; move the model to the CPU or a CUDA device")
+    return device

@@ -1,0 +1,282 @@
+"""A worker of a job: joins it, trains in it, leaves it. What the functions of ``downpour`` do under a launcher."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from downpour.client.parameters import ParameterClient
+from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.context import WorkerContext
+from downpour.data.loader import PreparedLoader
+from downpour.engine import Engine
+from downpour.exchange import StateExchange
+from downpour.files import save_state_dict
+from downpour.model import Described, describe
+from downpour.optimizer import adopt
+from downpour.space import FlatSpace
+from downpour.staging import staging_for
+from downpour_common import messages as m
+from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
+from downpour_common.layout import plan
+from downpour_common.messages import Lease, Message, Refusal
+from downpour_common.transport import ClientTransport
+
+PROGRESS_S = 0.5
+
+
+class Session:
+    """One worker's part in its job. Not thread-safe: for the training thread."""
+
+    def __init__(self, context: WorkerContext, transport: ClientTransport) -> None:
+        self.context = context
+        self.slot, self.workers, self.seed = context.slot, context.workers, context.seed
+        self.synchronous = context.parsed_mode.synchronous
+        self._thread = ClientThread(transport, context.window_bytes, self._notice)
+        self._thread.name(context.coordinator, "coordinator")
+        self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
+        self._stop = threading.Event()
+        self._prepared = False
+        self._closed = False
+        self._start_position = (0, 0)
+        self._position: tuple[int, ...] = ()
+        self._barriers = 0
+        self._passes = 0
+        self._steps_at_pass = 0
+        self._reported_s = 0.0
+        self._loaders: list[PreparedLoader] = []
+        self._model: nn.Module | None = None
+        self._client: ParameterClient | None = None
+        self._engine: Engine | None = None
+        self._exchange: StateExchange | None = None
+
+    # ------------------------------------------------------------ joining
+
+    def prepare(
+        self,
+        model: nn.Module | None,
+        optimizer: torch.optim.Optimizer | None,
+        loaders: list[DataLoader[Any]],
+    ) -> list[PreparedLoader]:
+        """Join the job with what the script made. Raises :class:`ModelError` and other :class:`DownpourError`."""
+        if self._prepared:
+            raise ModelError(
+                "downpour.prepare was called twice in one worker; call it once with everything "
+                "(several networks: one nn.ModuleDict, one optimizer over all parameters)"
+            )
+        described = describe(model, optimizer, self.context.buffers)
+        self._prepared = True
+        self._model = model
+        welcome = self._register(described)
+        start = (welcome.position[0], welcome.position[1]) if len(welcome.position) == 2 else (0, 0)
+        self._start_position = start
+        self._position = start
+        self._connect(described, welcome, optimizer)
+        self._loaders = [
+            PreparedLoader(loader, index, self, start if index == 0 else (0, 0))
+            for index, loader in enumerate(loaders)
+        ]
+        if self.workers > 1:
+            self._seed_apart()
+        self._report(force=True)
+        return self._loaders
+
+    def _register(self, described: Described) -> m.Welcome:
+        c = self.context
+        register = m.RegisterWorker(
+            self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), described.spec.to_wire()
+        )
+        try:
+            answer = self._thread.ask(
+                c.coordinator, register, "all workers and servers to be ready", c.start_timeout_s
+            )
+        except PeerRefused as error:
+            if error.code == Refusal.MODEL_DIFFERS:
+                raise ModelMismatch(error.reason) from None
+            raise
+        assert isinstance(answer, m.Welcome)
+        return answer
+
+    def _connect(
+        self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        c = self.context
+        layout = plan(described.spec, c.shards, c.chunk_bytes)
+        space = FlatSpace(layout, described.tensors, described.device)
+        staging = staging_for(space)
+        self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
+        self._exchange = StateExchange(c, space, staging, self._client)
+        self._exchange.start(welcome.restored, welcome.clock)
+        if optimizer is not None:
+            self._engine = Engine(
+                space,
+                staging,
+                self._client,
+                optimizer,
+                (c.n_push, c.n_fetch) if c.mode == "async" else (1, 1),
+                welcome.clock,
+                lambda: self._position,
+            )
+            adopt(optimizer, self)
+
+    def _seed_apart(self) -> None:
+        """Dropout, augmentation and the like differ between workers, and follow from the job's seed."""
+        sequence = np.random.SeedSequence([self.seed, self.slot, 1])
+        first, second, third = (int(n) for n in sequence.generate_state(3))
+        torch.manual_seed(first)
+        random.seed(second)
+        np.random.seed(third)
+
+    # ------------------------------------------------------------ training
+
+    def step(self, local_step: Callable[[], None]) -> None:
+        """See :class:`downpour.optimizer.Stepper`."""
+        assert self._engine is not None
+        self._engine.step(local_step)
+        self._report()
+
+    def zero_gradients(self) -> None:
+        """See :class:`downpour.optimizer.Stepper`."""
+        assert self._engine is not None
+        self._engine.zero_gradients()
+
+    def pull(self) -> None:
+        """Fetch the newest weights now."""
+        if self._engine is not None:
+            self._engine.pull()
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Send scalars to the run's metrics."""
+        plain = {name: float(value) for name, value in values.items()}
+        self._thread.tell(self.context.coordinator, m.LogMetrics(self.slot, self.clock, plain))
+
+    def barrier(self) -> None:
+        """Wait until every live worker is here."""
+        self._barriers += 1
+        enter = m.EnterBarrier(self._thread.number(), self.slot, f"barrier {self._barriers}")
+        self._thread.ask(self.context.coordinator, enter, "the other workers at the barrier", self._timeout_s)
+
+    @property
+    def clock(self) -> int:
+        """Completed steps, those before a resume included."""
+        return self._engine.counters.clock if self._engine else 0
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the first prepared loader, those before a resume included."""
+        return self._loaders[0].epoch if self._loaders else self._start_position[0]
+
+    def should_stop(self) -> bool:
+        """Whether the job is being stopped."""
+        return self._stop.is_set()
+
+    def save(self, path: str) -> None:
+        """Write the newest weights of the whole model; only the chief does."""
+        if self._model is None:
+            raise ConfigError("downpour.save needs a model; give one to downpour.prepare")
+        if self.context.is_chief:
+            self.pull()
+            save_state_dict(self._model, path)
+
+    # ------------------------------------------------------------ data (see data.loader.Host)
+
+    def take_lease(
+        self, loader: int, epoch: int, total: int, unit: int, digest: str, done: list[tuple[int, int]]
+    ) -> Lease:
+        """See :class:`downpour.data.loader.Host`."""
+        flat = tuple(n for pair in done for n in pair)
+        take = m.TakeLease(self._thread.number(), self.slot, loader, epoch, total, unit, digest, flat)
+        lease = self._thread.ask(self.context.coordinator, take, "a lease on training samples", self._timeout_s)
+        assert isinstance(lease, Lease)
+        return lease
+
+    def pass_begins(self) -> None:
+        """See :class:`downpour.data.loader.Host`."""
+        self._steps_at_pass = self.clock
+
+    def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
+        """See :class:`downpour.data.loader.Host`. Batches that are only evaluated are not counted."""
+        if self._engine is None or not self._training:
+            return
+        self._engine.add_samples(samples)
+        if loader == 0 and position is not None:
+            self._position = position
+
+    def pass_ends(self, loader: int, epoch: int, batches: int) -> None:
+        """See :class:`downpour.data.loader.Host`. The end of a training pass is where buffers are exchanged."""
+        trained = self._engine is not None and (
+            self.clock > self._steps_at_pass or (batches == 0 and self._training)
+        )
+        if not trained or self._client is None or self._exchange is None:
+            return
+        if loader == 0 and not self.synchronous:
+            self._position = (epoch + 1, 0)
+        self._exchange.push_buffers()
+        if self.synchronous:
+            self._client.end_epoch()
+        self._exchange.pull_buffers()
+
+    @property
+    def _training(self) -> bool:
+        return torch.is_grad_enabled() and (self._model is None or self._model.training)
+
+    # ------------------------------------------------------------ leaving
+
+    def finish(self) -> None:
+        """The script has ended well: push what is left, leave the job. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._prepared and self._client is not None and self._exchange is not None:
+                if self._engine is not None:
+                    self._engine.flush()
+                self._exchange.push_buffers(final=True)
+                self._client.leave()
+                self._report(force=True)
+                goodbye = m.Goodbye(self._thread.number(), self.slot, self.context.worker_epoch)
+                self._thread.ask(self.context.coordinator, goodbye, "goodbye to be noted", self._timeout_s)
+        finally:
+            self._thread.close()
+
+    def fail(self, error: str, traceback: str) -> None:
+        """The script has raised: say so and go, without leaving the job in good order."""
+        if not self._closed:
+            self._closed = True
+            self._thread.tell(self.context.coordinator, m.ReportFailure(self.slot, error, traceback[-60_000:]))
+            self._thread.close()
+
+    def _notice(self, message: Message) -> None:
+        if isinstance(message, m.ShouldStop):
+            self._stop.set()
+
+    def _report(self, force: bool = False) -> None:
+        now_s = time.monotonic()
+        if self._client is None or not (force or now_s - self._reported_s > PROGRESS_S):
+            return
+        self._reported_s = now_s
+        traffic = self._client.traffic
+        counters = self._engine.counters if self._engine else None
+        self._thread.tell(
+            self.context.coordinator,
+            m.Progress(
+                self.slot,
+                self.clock,
+                self.epoch,
+                counters.samples if counters else 0,
+                traffic.pushes,
+                traffic.pulls,
+                traffic.bytes_sent,
+                traffic.bytes_received,
+                counters.wait_s if counters else 0.0,
+            ),
+        )

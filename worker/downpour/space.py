@@ -1,0 +1,98 @@
+"""The worker's copy of the parameter space: flat tensors, with the model's parameters and gradients as views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from downpour_common.errors import ModelError
+from downpour_common.layout import Chunk, Layout
+
+
+class FlatSpace:
+    """Flat weights of all trainable segments, and flat gradients.
+
+    ``param.data`` and ``param.grad`` become views, so a chunk is sent and received without gathering. ``others``
+    (buffers and frozen tensors) keep their own memory; they are copied through flat tensors when they travel.
+    """
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self.weights: dict[int, torch.Tensor] = {}
+        self.gradients: dict[int, torch.Tensor] = {}
+        self._tensors = tensors
+        self._views: list[tuple[str, torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        for segment in layout.segments:
+            if segment.kind == "trainable":
+                dtype: torch.dtype = getattr(torch, segment.dtype)
+                self.weights[segment.index] = torch.empty(segment.numel, dtype=dtype, device=device)
+                self.gradients[segment.index] = torch.zeros(segment.numel, dtype=dtype, device=device)
+                for piece in segment.pieces:
+                    name = layout.model.tensors[piece.tensor].name
+                    self._adopt(name, segment.index, piece.start, piece.stop)
+
+    def _adopt(self, name: str, segment: int, start: int, stop: int) -> None:
+        parameter = self._tensors[name]
+        assert isinstance(parameter, torch.nn.Parameter)
+        weight = self.weights[segment][start:stop].view(parameter.shape)
+        gradient = self.gradients[segment][start:stop].view(parameter.shape)
+        with torch.no_grad():
+            weight.copy_(parameter)
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
+        parameter.data = weight
+        parameter.grad = gradient
+        self._views.append((name, parameter, weight, gradient))
+
+    def gather_gradients(self) -> None:
+        """Bring every gradient into the flat tensors; one that is missing counts as zero.
+
+        Raises :class:`ModelError` for sparse gradients and for a model that was moved after ``prepare``.
+        """
+        for name, parameter, weight, gradient in self._views:
+            found = parameter.grad
+            if parameter.data_ptr() != weight.data_ptr():
+                raise ModelError(
+                    f"parameter {name} was moved or replaced after downpour.prepare; "
+                    "move and convert the model (.to, .half) before prepare"
+                )
+            if found is None:
+                gradient.zero_()
+            elif found.is_sparse:
+                raise ModelError(f"parameter {name} has a sparse gradient; make its module with sparse=False")
+            elif found.data_ptr() != gradient.data_ptr():
+                gradient.copy_(found)
+            parameter.grad = gradient
+
+    def zero_gradients(self) -> None:
+        """Zero all gradients and make them views again."""
+        for flat in self.gradients.values():
+            flat.zero_()
+        for _, parameter, _, gradient in self._views:
+            parameter.grad = gradient
+
+    def name_non_finite(self) -> str | None:
+        """The first parameter whose gradient holds NaN or Inf."""
+        return next((name for name, _, _, g in self._views if not torch.isfinite(g).all()), None)
+
+    def flat_of(self, segment: int) -> torch.Tensor:
+        """A fresh flat host tensor with the present values of a segment that is not trainable."""
+        return torch.cat([t.detach().reshape(-1).cpu() for t in self._members(segment)])
+
+    def spread(self, segment: int, flat: torch.Tensor) -> None:
+        """Copy a flat host tensor into the tensors of a segment that is not trainable."""
+        at = 0
+        with torch.no_grad():
+            for tensor in self._members(segment):
+                tensor.copy_(flat[at : at + tensor.numel()].view(tensor.shape))
+                at += tensor.numel()
+
+    def _members(self, segment: int) -> Iterator[torch.Tensor]:
+        for piece in self.layout.segments[segment].pieces:
+            yield self._tensors[self.layout.model.tensors[piece.tensor].name]
+
+    def of(self, flats: Mapping[int, torch.Tensor], chunk: Chunk) -> torch.Tensor:
+        """The slice of ``flats`` that is ``chunk``."""
+        return flats[chunk.segment][chunk.start : chunk.stop]
