@@ -23,6 +23,7 @@ from downpour_common.errors import ProtocolError
 Kind = Literal["trainable", "buffer", "frozen"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of the model.
@@ -70,9 +71,7 @@ class ModelSpec:
     def to_wire(self) -> dict[str, Any]:
         """A document of plain values for msgpack and JSON."""
         return {
-            "tensors": [
-                [t.name, list(t.aliases), list(t.shape), t.dtype, t.kind, t.group] for t in self.tensors
-            ],
+            "tensors": [[t.name, list(t.aliases), list(t.shape), t.dtype, t.kind, t.group] for t in self.tensors],
             "rule": self.rule,
             "options": [dict(o) for o in self.options],
             "buffers": self.buffers,
@@ -215,11 +214,7 @@ def plan(model: ModelSpec, shards: int, chunk_bytes: int) -> Layout:
     for kind in KINDS:
         for segment, shard, start, stop in _cut([s for s in segments if s.kind == kind], shards):
             for low, high in _split(start, stop, max(1, chunk_bytes // itemsize(segment.dtype))):
-                chunks.append(
-                    Chunk(
-                        len(chunks), shard, segment.index, kind, segment.dtype, segment.group, low, high
-                    )
-                )
+                chunks.append(Chunk(len(chunks), shard, segment.index, kind, segment.dtype, segment.group, low, high))
     return Layout(model, shards, chunk_bytes, segments, tuple(chunks), model.digest)
 
 
@@ -229,7 +224,7 @@ def _segments(tensors: tuple[TensorSpec, ...]) -> tuple[Segment, ...]:
         tensor = tensors[index]
         if tensor.numel:
             members.setdefault((KINDS.index(tensor.kind), tensor.dtype, tensor.group), []).append(index)
-    segments = []
+    segments: list[Segment] = []
     for (kind, dtype, group), indices in sorted(members.items()):
         pieces, at = [], 0
         for index in indices:

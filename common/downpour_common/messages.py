@@ -127,7 +127,7 @@ class Pull(Request):
 
 @dataclass(frozen=True, slots=True)
 class EndEpoch(Request):
-    """No more contributions of this worker until every other live worker says the same. Answered by :class:`Ack` then."""
+    """No more contributions of this worker until every other live one says the same; :class:`Ack` comes then."""
 
     TAG = 6
     job: str

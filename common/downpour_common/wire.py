@@ -128,5 +128,5 @@ def unpack(data: Frame) -> Any:
         raise ProtocolError(f"not msgpack: {type(error).__name__}") from None
 
 
-def _no_extensions(code: int, data: bytes) -> typing.Never:
+def _no_extensions(code: int, _data: bytes) -> typing.Never:
     raise ProtocolError(f"msgpack extension type {code} is not accepted")

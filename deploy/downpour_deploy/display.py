@@ -7,13 +7,12 @@ import sys
 import time
 from typing import TextIO
 
+from downpour_coordinator.state import Coordinator
 from rich.console import Console
 from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from downpour_coordinator.state import Coordinator
 from downpour_deploy.outcome import Outcome, quantiles
 from downpour_deploy.resolve import ResolvedJob
 
@@ -121,10 +120,9 @@ class Display:
         failure = outcome.failure
         assert failure is not None
         who = f"{failure.role}/{failure.index}" if failure.index >= 0 else failure.role
-        body = Text(failure.message, "bold")
-        if failure.details:
-            body.append("\n\n" + failure.details, "not bold")
-        self._console.print(Panel(body, title=f"{who} failed", border_style="red", title_align="left"))
+        self._console.print(Text.assemble((f"{who} failed: ", "bold red"), (failure.message, "bold")))
+        for line in failure.details.splitlines():
+            self._console.print(Text(f"    {line}"))
 
 
 def _table(outcome: Outcome) -> Table:
@@ -137,11 +135,17 @@ def _table(outcome: Outcome) -> Table:
         table.add_row("steps", f"{outcome.steps:,} per worker at most, {outcome.samples:,} samples")
         rate = f"{outcome.samples_per_s:,.0f} samples/s over {outcome.train_s:.1f} s"
         table.add_row("throughput", f"{rate}; workers waited {outcome.wait_share:.0%} of it for the servers")
-        table.add_row("moved", f"{outcome.bytes_moved / 1e6:,.1f} MB in {outcome.pushes:,} pushes, {outcome.pulls:,} pulls")
+        table.add_row(
+            "moved",
+            f"{outcome.bytes_moved / 1e6:,.1f} MB in {outcome.pushes:,} pushes, {outcome.pulls:,} pulls",
+        )
     if outcome.staleness:
         stale = outcome.staleness
         table.add_row("staleness", f"median {stale['p50']}, 99 % {stale['p99']}, largest {stale['max']} updates")
-    table.add_row("time", f"{outcome.wall_s:.1f} s" + (f", first step after {outcome.start_s:.1f} s" if outcome.start_s else ""))
+    table.add_row(
+        "time",
+        f"{outcome.wall_s:.1f} s" + (f", first step after {outcome.start_s:.1f} s" if outcome.start_s else ""),
+    )
     if outcome.model:
         table.add_row("weights", outcome.model)
     table.add_row("run", outcome.out)

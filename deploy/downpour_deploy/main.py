@@ -6,7 +6,6 @@ import sys
 from typing import Annotated
 
 import typer
-
 from downpour_common import exitcodes
 from downpour_common.errors import ConfigError, DownpourError
 
@@ -34,21 +33,28 @@ def run(
     mode: Annotated[str, typer.Option("--mode", help="async | ssp:S (S clocks of slack) | sync.")] = "async",
     device: Annotated[str, typer.Option("--device", help="What downpour.device() gives: auto | cpu | cuda.")] = "auto",
     threads: Annotated[str, typer.Option("--threads", help="OMP_NUM_THREADS of each process, or auto.")] = "auto",
-    seed: Annotated[int | None, typer.Option("--seed", help="Order of data and randomness of workers. [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Order of data and randomness of workers. [default: 0]")
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Run directory. [default: runs/NAME-TIME]")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Go on from this run directory or checkpoint.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, key=value; see `downpour settings`. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="A setting, key=value; see `downpour settings`. Repeatable."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Job name, [a-z0-9-]. [default: from the script]")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout at the end; all else on stderr.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only the scripts' output and the result.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout at the end; all else on stderr.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress, only the scripts' output and the result.")
+    ] = False,
 ) -> None:
     """Train SCRIPT on this machine with workers and parameter-server shards.
 
     Options for downpour come before SCRIPT, everything after it goes to the script.
 
-    Exit code: 0 success, the script's own code when it failed, 2 usage, 74 results could not be written, 130 interrupted.
+    Exit code: 0 success, the failed script's own, 2 usage, 74 results not written, 130 interrupted.
     """
     from downpour_deploy.resolve import Wishes, resolve
     from downpour_deploy.run import run_job

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import TextIO
 
 import uvloop
-
 from downpour.context import WorkerContext
 from downpour_common import exitcodes, wire
 from downpour_common.config import JobSpec, to_toml
@@ -26,6 +25,7 @@ from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
 from downpour_coordinator.service import CoordinatorService
 from downpour_coordinator.state import Coordinator, JobFacts
+
 from downpour_deploy.child import Child, end_all
 from downpour_deploy.display import Display
 from downpour_deploy.outcome import Failure, Outcome, State, fill_figures
@@ -130,7 +130,11 @@ class LocalJob:
 
     def _start(self) -> None:
         spec, settings = self._spec, self._spec.settings
-        environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(spec.threads),
+            "MKL_NUM_THREADS": str(spec.threads),
+        }
         for slot in range(spec.workers):
             context = WorkerContext(
                 job=self._job_id,
@@ -368,5 +372,3 @@ def _facts(job: ResolvedJob, job_id: str) -> JobFacts:
         epoch=int(data["epoch"]),
         done=tuple((int(a), int(b)) for a, b in data["done"]) if same_order else (),
     )
-
-

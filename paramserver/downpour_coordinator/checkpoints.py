@@ -70,7 +70,7 @@ def newest(path: str) -> tuple[Checkpoint, list[str]]:
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
         return load(path), []
-    skipped = []
+    skipped: list[str] = []
     for number in reversed(numbers(path)):
         folder = folder_of(path, number)
         if not os.path.exists(os.path.join(folder, MANIFEST)):

@@ -12,6 +12,7 @@ from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
+
 from downpour_coordinator.leases import PassLedger, Span, merge
 from downpour_coordinator.snapshots import CommitSnapshot, Round, SnapshotFailed
 

@@ -19,6 +19,7 @@ from downpour_common.layout import Layout
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
+
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.members import Members
@@ -72,16 +73,12 @@ class _Fetch:
 class Shard:
     """State of one shard; see the module."""
 
-    def __init__(
-        self, identity: Identity, layout: Layout, mode: Mode, workers: int, timeout_s: float
-    ) -> None:
+    def __init__(self, identity: Identity, layout: Layout, mode: Mode, workers: int, timeout_s: float) -> None:
         self.identity = identity
         self.layout = layout
         self.stats = ShardStats()
         self.chunks = {
-            c.index: StoredChunk(
-                c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {}
-            )
+            c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {})
             for c in layout.of_shard(identity.shard)
         }
         self._clock = 0
@@ -180,10 +177,8 @@ class Shard:
             window.record(push.seq)
             self.stats.bytes_in += stored.chunk.nbytes
             self._position = max(self._position, push.position)
-            contribution = Contribution(
-                push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient
-            )
-            self._apply(stored, gate.offer(contribution), effects)
+            contribution = Contribution(push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient)
+            self._apply(stored, gate.offer(contribution))
         if isinstance(push, m.PushPull):
             self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
         else:
@@ -191,7 +186,7 @@ class Shard:
         self._answer(push.chunk, effects)
         self._finish_capture(effects)
 
-    def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]], effects: list[Effect]) -> None:
+    def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]]) -> None:
         for round_ in rounds:
             if stored.chunk.kind == "trainable":
                 for contribution in round_:
@@ -220,7 +215,7 @@ class Shard:
 
     def _members_changed(self, turned_over: bool, effects: list[Effect]) -> None:
         for index, gate in self._gates.items():
-            self._apply(self.chunks[index], gate.members_changed(), effects)
+            self._apply(self.chunks[index], gate.members_changed())
             self._answer(index, effects)
         if turned_over:
             effects.extend(Reply(peer, m.Ack(request, 0)) for peer, request, _ in self._ending)

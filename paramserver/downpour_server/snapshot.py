@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from downpour_common.tensorfile import TensorHead, write_tensors
+
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import as_bytes
 
@@ -106,4 +106,9 @@ def write(effect: WriteSnapshot) -> dict[str, Any]:
             yield data
 
     write_tensors(path, heads, parts())
-    return {"file": name, "bytes": os.path.getsize(path), "sha256_data": digest.hexdigest(), **effect.document}
+    return {
+        "file": name,
+        "bytes": os.path.getsize(path),
+        "sha256_data": digest.hexdigest(),
+        **effect.document,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from downpour_common.messages import Buffer
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
@@ -26,7 +25,7 @@ def from_bytes(data: Buffer, dtype: str) -> torch.Tensor:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a flat contiguous CPU tensor."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -8,8 +8,9 @@ import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from downpour.context import WorkerContext, from_environment
 from downpour_common.errors import ConfigError
+
+from downpour.context import WorkerContext, from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +62,11 @@ def prepare(*objects: Any) -> Any:
 def _join(context: WorkerContext) -> Session:
     global _session
     if _session is None:
-        from downpour.session import Session
         from downpour_common import wire
         from downpour_common.process import keep_freed_memory
         from downpour_common.transport.zeromq import ZmqClient
+
+        from downpour.session import Session
 
         keep_freed_memory()
         _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT))
@@ -76,9 +78,7 @@ def _watch_the_end(session: Session) -> None:
     """Finish the session when the script ends, or report why it did not end well."""
     previous = sys.excepthook
 
-    def on_exception(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
         session.fail(f"{kind.__name__}: {error}", text)
         previous(kind, error, trace)

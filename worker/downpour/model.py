@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 from downpour_common.dtypes import ITEMSIZE, TRAINABLE
 from downpour_common.errors import ModelError
-from downpour_common.layout import ModelSpec, TensorSpec
+from downpour_common.layout import Kind, ModelSpec, TensorSpec
 from downpour_common.optimizers import IMPLEMENTATION_OPTIONS, RULE_NAMES
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +36,17 @@ def describe(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, b
     for names, tensor in named:
         group = groups.get(id(tensor), -1)
         trainable = group >= 0 and tensor.requires_grad
-        kind = "trainable" if trainable else "frozen" if isinstance(tensor, nn.Parameter) else "buffer"
+        kind: Kind = "trainable" if trainable else "frozen" if isinstance(tensor, nn.Parameter) else "buffer"
         dtype = str(tensor.dtype).removeprefix("torch.")
         _check_dtype(names[0], dtype, trainable)
         specs.append(
             TensorSpec(
-                names[0], tuple(names[1:]), tuple(tensor.shape), dtype, kind, group if trainable else -1  # type: ignore[arg-type]
+                names[0],
+                tuple(names[1:]),
+                tuple(tensor.shape),
+                dtype,
+                kind,
+                group if trainable else -1,
             )
         )
         tensors[names[0]] = tensor
@@ -88,14 +92,10 @@ def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ModelError("an optimizer with differentiable=True cannot be distributed: the update runs elsewhere")
-    return cls.__name__, {
-        id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
-    }
+    return cls.__name__, {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def _named_tensors(
-    model: nn.Module | None, groups: Mapping[int, int]
-) -> list[tuple[list[str], torch.Tensor]]:
+def _named_tensors(model: nn.Module | None, groups: Mapping[int, int]) -> list[tuple[list[str], torch.Tensor]]:
     """Every distinct tensor of the state dict with all its names, in the state dict's order."""
     named: dict[int, tuple[list[str], torch.Tensor]] = {}
     if model is not None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-
 from downpour_common.errors import ModelError
 
 

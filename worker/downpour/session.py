@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from downpour_common import messages as m
+from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
+from downpour_common.layout import plan
+from downpour_common.messages import Lease, Message, Refusal
+from downpour_common.transport import ClientTransport
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,11 +30,6 @@ from downpour.model import Described, describe
 from downpour.optimizer import adopt
 from downpour.space import FlatSpace
 from downpour.staging import staging_for
-from downpour_common import messages as m
-from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
-from downpour_common.layout import plan
-from downpour_common.messages import Lease, Message, Refusal
-from downpour_common.transport import ClientTransport
 
 PROGRESS_S = 0.5
 
@@ -82,8 +82,7 @@ class Session:
         self._position = start
         self._connect(described, welcome, optimizer)
         self._loaders = [
-            PreparedLoader(loader, index, self, start if index == 0 else (0, 0))
-            for index, loader in enumerate(loaders)
+            PreparedLoader(loader, index, self, start if index == 0 else (0, 0)) for index, loader in enumerate(loaders)
         ]
         if self.workers > 1:
             self._seed_apart()
@@ -96,9 +95,7 @@ class Session:
             self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), described.spec.to_wire()
         )
         try:
-            answer = self._thread.ask(
-                c.coordinator, register, "all workers and servers to be ready", c.start_timeout_s
-            )
+            answer = self._thread.ask(c.coordinator, register, "all workers and servers to be ready", c.start_timeout_s)
         except PeerRefused as error:
             if error.code == Refusal.MODEL_DIFFERS:
                 raise ModelMismatch(error.reason) from None
@@ -106,9 +103,7 @@ class Session:
         assert isinstance(answer, m.Welcome)
         return answer
 
-    def _connect(
-        self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> None:
         c = self.context
         layout = plan(described.spec, c.shards, c.chunk_bytes)
         space = FlatSpace(layout, described.tensors, described.device)
@@ -213,9 +208,7 @@ class Session:
 
     def pass_ends(self, loader: int, epoch: int, batches: int) -> None:
         """See :class:`downpour.data.loader.Host`. The end of a training pass is where buffers are exchanged."""
-        trained = self._engine is not None and (
-            self.clock > self._steps_at_pass or (batches == 0 and self._training)
-        )
+        trained = self._engine is not None and (self.clock > self._steps_at_pass or (batches == 0 and self._training))
         if not trained or self._client is None or self._exchange is None:
             return
         if loader == 0 and not self.synchronous:

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
+from downpour_common.layout import Chunk
 
 from downpour.space import FlatSpace
-from downpour_common.layout import Chunk
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a flat contiguous host tensor."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Staging(Protocol):

@@ -198,5 +198,3 @@ def free_runtime_folder() -> str:
         if base and len(base) < 60 and os.access(base, os.W_OK | os.X_OK):
             return tempfile.mkdtemp(prefix="downpour-", dir=base)
     raise ConfigError("no writable folder with a short path for sockets; set TMPDIR or use --set transport=tcp")
-
-

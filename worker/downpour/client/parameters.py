@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from downpour.client.core import Submission, Ticket
-from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
-from downpour.context import WorkerContext
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Chunk, Layout
 from downpour_common.messages import Request
+
+from downpour.client.core import Submission, Ticket
+from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.context import WorkerContext
 
 Sink = memoryview
 """Writable memory that takes a chunk's weights."""
@@ -57,7 +58,12 @@ class ParameterClient:
     """
 
     def __init__(
-        self, thread: ClientThread, context: WorkerContext, layout: Layout, shards: Sequence[str], memory: Memory
+        self,
+        thread: ClientThread,
+        context: WorkerContext,
+        layout: Layout,
+        shards: Sequence[str],
+        memory: Memory,
     ) -> None:
         self.traffic = Traffic()
         self._thread = thread
@@ -80,7 +86,9 @@ class ParameterClient:
             self._epochs[message.shard] = message.shard_epoch
 
         self._everywhere(
-            lambda number: m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest), "greeting", on_answer
+            lambda number: m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest),
+            "greeting",
+            on_answer,
         )
 
     def initialise(self, chunks: Iterable[Chunk]) -> None:
@@ -93,7 +101,12 @@ class ParameterClient:
                 self._submission(
                     chunk,
                     m.Init(
-                        self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, self._memory.weights(chunk)
+                        self._thread.number(),
+                        c.job,
+                        c.slot,
+                        c.worker_epoch,
+                        chunk.index,
+                        self._memory.weights(chunk),
                     ),
                     ticket,
                     f"initial weights of chunk {chunk.index} to be taken",
@@ -184,9 +197,7 @@ class ParameterClient:
         return self._submission(chunk, message, ticket, f"answer to push {header.seq} of chunk {chunk.index}")
 
     def _submission(self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str) -> Submission:
-        return Submission(
-            self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, chunk.nbytes
-        )
+        return Submission(self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, chunk.nbytes)
 
     def _take_weights(self, message: Request) -> None:
         """In the client's thread: put the answer where it belongs."""

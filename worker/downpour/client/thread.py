@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
 from downpour_common.errors import DownpourError, PeerError
 from downpour_common.messages import Message, Request
 from downpour_common.transport import ClientTransport
+
+from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
 
 TICK_S = 0.25
 DEADLINE_MARGIN_S = 5.0
@@ -24,9 +25,7 @@ DEADLINE_MARGIN_S = 5.0
 class ClientThread:
     """Sends requests and settles tickets until closed. ``on_notice`` gets messages that answer nothing."""
 
-    def __init__(
-        self, transport: ClientTransport, window_bytes: int, on_notice: Callable[[Message], None]
-    ) -> None:
+    def __init__(self, transport: ClientTransport, window_bytes: int, on_notice: Callable[[Message], None]) -> None:
         self._transport = transport
         self._core = ClientCore(window_bytes)
         self._on_notice = on_notice
@@ -56,7 +55,11 @@ class ClientThread:
         return ticket.result()
 
     def ask_all(
-        self, requests: list[tuple[str, Request]], awaited: str, timeout_s: float, on_answer: OnAnswer | None = None
+        self,
+        requests: list[tuple[str, Request]],
+        awaited: str,
+        timeout_s: float,
+        on_answer: OnAnswer | None = None,
     ) -> None:
         """Send several requests and wait for all answers. Raises :class:`DownpourError`."""
         ticket = Ticket(len(requests), on_answer)

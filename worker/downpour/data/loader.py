@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from downpour_common.messages import Lease
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from downpour.data import order as orders
 from downpour.data.rounds import RoundSplit
-from downpour_common.messages import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,9 @@ class PreparedLoader(DataLoader[Any]):
         return RoundSplit(total, self._unit, host.workers, host.slot, self._drop_last and self._by_sample, offset)
 
     def __len__(self) -> int:
-        if self._iterable:
-            return -(-len(self._original) // self._host.workers)
-        if self._host.synchronous:
+        if self._host.synchronous and not self._iterable:
             return self._split(0).rounds
-        return -(-len(self._original) // self._host.workers)
+        return math.ceil(len(self._original) / self._host.workers)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.parts.clear()

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-
 from downpour_common.errors import ModelError
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 
 def pass_order(loader: DataLoader[Any], seed: int, loader_index: int, epoch: int) -> Sequence[Any]:
@@ -21,9 +20,10 @@ def pass_order(loader: DataLoader[Any], seed: int, loader_index: int, epoch: int
     source = units(loader)
     if type(source) is SequentialSampler:
         return range(len(source))
-    if type(source) is RandomSampler and not source.replacement and len(source) == len(source.data_source):  # type: ignore[arg-type]
+    if type(source) is RandomSampler and not source.replacement and len(source) == len(source.data_source):
         generator = np.random.Generator(np.random.PCG64([seed, loader_index, epoch]))
-        return generator.permutation(len(source))
+        order: Sequence[Any] = generator.permutation(len(source))  # type: ignore[assignment]
+        return order
     return _ask(source, seed, loader_index, epoch)
 
 
