@@ -17,13 +17,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import downpour
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
+
+import downpour
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 
-import digits_data
-import downpour
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+
+import digits_data
+import downpour
 
 
 def parse_args() -> argparse.Namespace:

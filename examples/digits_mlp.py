@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 
-import digits_data
-import downpour
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
+
+import digits_data
+import downpour
 
 
 def parse_args() -> argparse.Namespace:

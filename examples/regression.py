@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 
-import downpour
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_diabetes  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
+
+import downpour
 
 SPLIT_SEED = 442
 """Seed of the split, not of the training: whatever its `--seed`, every run is tested on the same patients."""

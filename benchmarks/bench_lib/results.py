@@ -61,9 +61,7 @@ def conclude(
 ) -> Results:
     samples_s = outcome.samples_s
     results = [
-        _result(entry, settings.payload_bytes, samples_s[entry.name])
-        for entry in entries
-        if entry.name in samples_s
+        _result(entry, settings.payload_bytes, samples_s[entry.name]) for entry in entries if entry.name in samples_s
     ]
     goodputs = {result.name: result.goodput_gb_per_s for result in results}
     return Results(

@@ -7,12 +7,12 @@ import sys
 import time
 from typing import TextIO
 
-from downpour_coordinator.state import Coordinator
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from downpour_coordinator.state import Coordinator
 from downpour_deploy.outcome import Outcome, quantiles
 from downpour_deploy.resolve import ResolvedJob
 

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from downpour_common import exitcodes
 from downpour_common.errors import ConfigError, DownpourError
 

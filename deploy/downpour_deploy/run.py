@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TextIO
 
 import uvloop
+
 from downpour.context import WorkerContext
 from downpour_common import exitcodes, wire
 from downpour_common.config import JobSpec, to_toml
@@ -25,7 +26,6 @@ from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
 from downpour_coordinator.service import CoordinatorService
 from downpour_coordinator.state import Coordinator, JobFacts
-
 from downpour_deploy.child import Child, end_all
 from downpour_deploy.display import Display
 from downpour_deploy.outcome import Failure, Outcome, State, fill_figures

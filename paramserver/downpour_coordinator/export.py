@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from downpour_common.dtypes import itemsize
 from downpour_common.layout import Chunk, ModelSpec, plan
 from downpour_common.tensorfile import TensorFile, TensorHead, write_tensors
-
 from downpour_coordinator.checkpoints import Checkpoint
 
 

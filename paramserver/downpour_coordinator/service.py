@@ -8,7 +8,6 @@ from typing import TextIO
 
 from downpour_common.errors import DownpourError
 from downpour_common.transport import ServerTransport
-
 from downpour_coordinator import checkpoints
 from downpour_coordinator.snapshots import CommitSnapshot, SnapshotFailed
 from downpour_coordinator.state import Coordinator, Effect, LogRow, Send

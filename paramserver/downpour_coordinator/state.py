@@ -12,7 +12,6 @@ from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
-
 from downpour_coordinator.leases import PassLedger, Span, merge
 from downpour_coordinator.snapshots import CommitSnapshot, Round, SnapshotFailed
 
@@ -90,6 +89,7 @@ class Coordinator:
         self.model: ModelSpec | None = None
         self._waiting: dict[int, m.RegisterWorker] = {}
         self._ledgers: dict[tuple[int, int], PassLedger] = {}
+        self._passes: dict[int, int] = {}  # slot → its newest pass over the first loader
         self._barriers: dict[str, dict[int, tuple[Peer, int]]] = {}
         self._round: Round | None = None
 
@@ -183,13 +183,13 @@ class Coordinator:
         return total
 
     def data_position(self) -> tuple[int, list[Span]]:
-        """The earliest pass over the first loader that is not complete, and what of it is done."""
-        passes = sorted(epoch for loader, epoch in self._ledgers if loader == 0)
-        for epoch in passes:
-            ledger = self._ledgers[0, epoch]
-            if not ledger.closed:
-                return epoch, ledger.done
-        return (passes[-1] + 1, []) if passes else (self.facts.epoch, list(self.facts.done))
+        """The pass over the first loader that the last worker is in, and what of it is done."""
+        if not self._passes:
+            return self.facts.epoch, list(self.facts.done)
+        live = [epoch for slot, epoch in self._passes.items() if not self.workers[slot].gone]
+        epoch = min(live) if live else max(self._passes.values())
+        ledger = self._ledgers[0, epoch]
+        return (epoch + 1, []) if ledger.closed else (epoch, ledger.done)
 
     # ------------------------------------------------------------ joining
 
@@ -262,6 +262,8 @@ class Coordinator:
         if found is None:
             resumed = list(self.facts.done) if key == (0, self.facts.epoch) and self.facts.resume else []
             found = self._ledgers[key] = PassLedger.begin(message.total, message.order, resumed)
+        if message.loader == 0 and message.slot in self.workers:
+            self._passes[message.slot] = max(message.epoch, self._passes.get(message.slot, 0))
         for start, stop in zip(message.done[::2], message.done[1::2], strict=False):
             found.finish(message.slot, (start, stop))
         if not message.unit:

@@ -11,7 +11,6 @@ from types import FrameType
 from downpour_common import exitcodes, wire
 from downpour_common.errors import DownpourError
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
-
 from downpour_server.service import ShardConfig, ShardService, use_this_process
 
 

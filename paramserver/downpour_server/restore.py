@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from downpour_common.errors import CheckpointError, ProtocolError
 from downpour_common.layout import Chunk, Layout, ModelSpec, plan
 from downpour_common.tensorfile import TensorFile
-
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import from_bytes, torch_dtype
 

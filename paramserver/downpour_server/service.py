@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from downpour_common import messages as m
 from downpour_common.errors import DownpourError, PeerTimeout
 from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
 from downpour_common.transport import ClientTransport, ServerTransport
-
 from downpour_server.restore import restore
 from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot, write

@@ -19,7 +19,6 @@ from downpour_common.layout import Layout
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
-
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.members import Members

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from downpour_common.tensorfile import TensorHead, write_tensors
 
+from downpour_common.tensorfile import TensorHead, write_tensors
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import as_bytes
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from downpour_common import wire
 from downpour_common.layout import Chunk
 from downpour_common.messages import Buffer
 from downpour_common.transport import Sent
-
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import DedupWindow
 from downpour_server.rules import RULES, Rule

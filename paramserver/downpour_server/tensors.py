@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from downpour_common.messages import Buffer
 
 _HALF = frozenset({torch.float16, torch.bfloat16})

@@ -48,7 +48,9 @@ def run_job(body: Callable[[Session], object], context: WorkerContext = CONTEXT)
     """Run ``body(session)`` in ``context.workers`` threads; raises the first worker's error."""
     network = MemoryNetwork()
     transport = network.server("coordinator")
-    facts = JobFacts("test", context.workers, context.shards, parse_mode(context.mode), context.seed, context.chunk_bytes)
+    facts = JobFacts(
+        "test", context.workers, context.shards, parse_mode(context.mode), context.seed, context.chunk_bytes
+    )
     service = CoordinatorService(Coordinator(facts), transport, io.StringIO(), lambda *_: None)
     job = Job(service.state)
     trained = threading.Event()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CONTEXT, run_job
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from downpour.session import Session
+from harness import CONTEXT, run_job
 
 STEPS = 50
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -53,7 +53,9 @@ def data(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return x.to(dtype), torch.sin(x[..., :3] * 2).to(dtype)
 
 
-def train(model: nn.Module, optimizer: Optimizer, x: torch.Tensor, y: torch.Tensor, schedule_lr: bool) -> list[torch.Tensor]:
+def train(
+    model: nn.Module, optimizer: Optimizer, x: torch.Tensor, y: torch.Tensor, schedule_lr: bool
+) -> list[torch.Tensor]:
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5) if schedule_lr else None
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -10,19 +10,6 @@ and ``downpour run -w 4 -s 2 train.py``. Without the launcher, the same script t
 
 from __future__ import annotations
 
-from downpour_common.errors import (
-    CheckpointError,
-    ConfigError,
-    DownpourError,
-    ModelError,
-    ModelMismatch,
-    NonFiniteContribution,
-    PeerError,
-    PeerRefused,
-    PeerTimeout,
-    ProtocolError,
-)
-
 from downpour.api import (
     barrier,
     clock,
@@ -37,6 +24,18 @@ from downpour.api import (
     seed,
     should_stop,
     world_size,
+)
+from downpour_common.errors import (
+    CheckpointError,
+    ConfigError,
+    DownpourError,
+    ModelError,
+    ModelMismatch,
+    NonFiniteContribution,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    ProtocolError,
 )
 
 __all__ = [

@@ -8,9 +8,8 @@ import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from downpour_common.errors import ConfigError
-
 from downpour.context import WorkerContext, from_environment
+from downpour_common.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -62,11 +61,10 @@ def prepare(*objects: Any) -> Any:
 def _join(context: WorkerContext) -> Session:
     global _session
     if _session is None:
+        from downpour.session import Session
         from downpour_common import wire
         from downpour_common.process import keep_freed_memory
         from downpour_common.transport.zeromq import ZmqClient
-
-        from downpour.session import Session
 
         keep_freed_memory()
         _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT))

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from downpour_common import messages as m
-from downpour_common import wire
-from downpour_common.errors import NonFiniteContribution
 
 from downpour.client.core import Ticket
 from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.model import options_of
 from downpour.space import FlatSpace
 from downpour.staging import Staging
+from downpour_common import messages as m
+from downpour_common import wire
+from downpour_common.errors import NonFiniteContribution
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class Engine:
 
     def _place(self, ticket: Ticket, count: int) -> None:
         """Bring answers to the device as they come, then wait for the last."""
-        if self._space.device.type == "cuda":
+        if self._staging.mirrors:
             for _ in range(count):
                 answer = ticket.answers.get()
                 if answer is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from downpour_common.layout import Chunk, Kind
 
 from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.context import WorkerContext
 from downpour.space import FlatSpace
 from downpour.staging import Staging
+from downpour_common.layout import Chunk, Kind
 
 
 class StateExchange:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from downpour_common.tensorfile import TensorHead, write_tensors
 from torch import nn
 
 from downpour.staging import host_bytes
+from downpour_common.tensorfile import TensorHead, write_tensors
 
 
 def save_state_dict(model: nn.Module, path: str) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
 from downpour_common.dtypes import ITEMSIZE, TRAINABLE
 from downpour_common.errors import ModelError
 from downpour_common.layout import Kind, ModelSpec, TensorSpec
 from downpour_common.optimizers import IMPLEMENTATION_OPTIONS, RULE_NAMES
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

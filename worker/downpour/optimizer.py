@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+
 from downpour_common.errors import ModelError
 
 

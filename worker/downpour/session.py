@@ -11,11 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from downpour_common import messages as m
-from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
-from downpour_common.layout import plan
-from downpour_common.messages import Lease, Message, Refusal
-from downpour_common.transport import ClientTransport
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,6 +25,11 @@ from downpour.model import Described, describe
 from downpour.optimizer import adopt
 from downpour.space import FlatSpace
 from downpour.staging import staging_for
+from downpour_common import messages as m
+from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
+from downpour_common.layout import plan
+from downpour_common.messages import Lease, Message, Refusal
+from downpour_common.transport import ClientTransport
 
 PROGRESS_S = 0.5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+
 from downpour_common.errors import ModelError
 from downpour_common.layout import Chunk, Layout
 

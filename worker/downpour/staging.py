@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
-from downpour_common.layout import Chunk
 
 from downpour.space import FlatSpace
+from downpour_common.layout import Chunk
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -22,7 +22,12 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Staging(Protocol):
-    """Host memory of chunks (see ``client.parameters.Memory``), and when it may be read and has been filled."""
+    """Host memory of chunks (see ``client.parameters.Memory``), and when it may be read and has been filled.
+
+    ``mirrors``: host memory is not the model's own, so :meth:`arrived` must be called for each chunk.
+    """
+
+    mirrors: bool
 
     def weights(self, chunk: Chunk) -> memoryview:
         """Host memory of the chunk's weights."""
@@ -48,6 +53,8 @@ class Staging(Protocol):
 
 class HostStaging:
     """For models on the CPU: no copies at all."""
+
+    mirrors = False
 
     def __init__(self, space: FlatSpace) -> None:
         self._space = space
@@ -84,6 +91,8 @@ class HostStaging:
 
 class CudaStaging:
     """For models on a GPU: pinned mirrors and a side stream."""
+
+    mirrors = True
 
     def __init__(self, space: FlatSpace) -> None:
         self._space = space

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from downpour_common.modes import Mode
-
 from downpour_server.contribution import Contribution
 from downpour_server.members import Members
 from downpour_server.policy import asynchronous, stale, synchronous

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from downpour_common.modes import Mode
-
 from downpour_server.contribution import Contribution
 from downpour_server.members import Members
 

@@ -8,7 +8,6 @@ is held back until min(clock) ≥ seq + 1 − s; so no worker is ever more than 
 from __future__ import annotations
 
 from downpour_common.modes import Mode
-
 from downpour_server.contribution import Contribution
 from downpour_server.members import Members
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 
 from downpour_common.modes import Mode
-
 from downpour_server.contribution import Contribution
 from downpour_server.members import Members
 

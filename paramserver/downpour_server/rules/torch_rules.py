@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
 
 _FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from downpour.client.core import Submission, Ticket
+from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.context import WorkerContext
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Chunk, Layout
 from downpour_common.messages import Request
-
-from downpour.client.core import Submission, Ticket
-from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
-from downpour.context import WorkerContext
 
 Sink = memoryview
 """Writable memory that takes a chunk's weights."""

@@ -11,11 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
 from downpour_common.errors import DownpourError, PeerError
 from downpour_common.messages import Message, Request
 from downpour_common.transport import ClientTransport
-
-from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
 
 TICK_S = 0.25
 DEADLINE_MARGIN_S = 5.0

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from downpour_common.messages import Lease
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from downpour.data import order as orders
 from downpour.data.rounds import RoundSplit
+from downpour_common.messages import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +143,29 @@ class PreparedLoader(DataLoader[Any]):
         self.parts.clear()
         self._host.pass_begins()
         epoch, batches = self._epoch, 0
-        for batch in super().__iter__():
-            part = self.parts.popleft() if self.parts else None
-            samples = _batch_size(batch) if part is None or not self._by_sample else part.stop - part.start
-            position = None
-            if part is not None and self._host.synchronous:
-                position = (epoch + 1, 0) if part.last else (epoch, part.offset)
-            self._host.batch_taken(self._index, samples, position)
-            yield batch
-            batches += 1
-            if part is not None:
-                self._finished.append((part.start, part.stop))
-        if not self._iterable and not self._host.synchronous:
-            self._report_done()
-        self._epoch += 1
-        self._start_offset = 0
+        try:
+            for batch in super().__iter__():
+                part = self.parts.popleft() if self.parts else None
+                self._host.batch_taken(self._index, self._samples(batch, part), self._position(epoch, part))
+                yield batch
+                batches += 1
+                if part is not None:
+                    self._finished.append((part.start, part.stop))
+            if not self._iterable and not self._host.synchronous:
+                self._report_done()
+        finally:  # also for a script that leaves the pass early: the next pass is another one
+            self._epoch = epoch + 1
+            self._start_offset = 0
         self._host.pass_ends(self._index, epoch, batches)
+
+    def _samples(self, batch: Any, part: Part | None) -> int:
+        return part.stop - part.start if part is not None and self._by_sample else _batch_size(batch)
+
+    def _position(self, epoch: int, part: Part | None) -> tuple[int, int] | None:
+        """Where the training data stands once this batch is used; leases are the coordinator's to know."""
+        if part is None or not self._host.synchronous:
+            return None
+        return (epoch + 1, 0) if part.last else (epoch, part.offset)
 
     def next_units(self) -> Iterator[tuple[Part, Any]]:
         """This worker's batches of the present pass, with their places."""

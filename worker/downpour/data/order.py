@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from downpour_common.errors import ModelError
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from downpour_common.errors import ModelError
 
 
 def pass_order(loader: DataLoader[Any], seed: int, loader_index: int, epoch: int) -> Sequence[Any]:
