@@ -16,6 +16,7 @@ from downpour_common.errors import DownpourError, PeerTimeout
 from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
+from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
 from downpour_server.restore import restore
 from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
@@ -164,5 +165,6 @@ class ShardService:
 def use_this_process(threads: int) -> None:
     """Settle memory and threads of a process that is a shard and nothing else."""
     keep_freed_memory()
+    defer_compiler()
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from downpour.context import WorkerContext, from_environment
 from downpour_common.errors import ConfigError
+from downpour_common.quick_start import defer_compiler
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from downpour.session import Session
 
 _context: WorkerContext | None = from_environment()
+if _context is not None:
+    defer_compiler()
 _session: Session | None = None
 _local_model: Any = None
 

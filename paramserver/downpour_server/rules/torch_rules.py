@@ -6,6 +6,7 @@ the tensors in it (fused kernels round differently in the last bit).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ class TorchRule:
 
     def __init__(self, optimizer: type[Optimizer], fused: bool, options: Mapping[str, Any]) -> None:
         self._class = optimizer
+        self._step = inspect.unwrap(optimizer.step)  # without hooks and profiling, which cost more than small updates
         self._fused = fused
         self._options = _usable(options)
         self._weights: torch.nn.Parameter | None = None
@@ -51,7 +53,8 @@ class TorchRule:
         """See :class:`downpour_server.rules.Rule`."""
         parameter, optimizer = self._bound_to(weights)
         parameter.grad = gradient
-        optimizer.step()
+        with torch.no_grad():
+            self._step(optimizer)
         parameter.grad = None
 
     def state(self) -> dict[str, torch.Tensor | float]:
