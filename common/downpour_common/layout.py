@@ -17,7 +17,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, get_args
 
-from downpour_common.dtypes import itemsize
+from downpour_common.dtypes import TRAINABLE, itemsize
 from downpour_common.errors import ProtocolError
 
 Kind = Literal["trainable", "buffer", "frozen"]
@@ -90,6 +90,9 @@ class ModelSpec:
             raise ProtocolError("malformed model specification: rule and buffers must be strings")
         if any(t.group >= len(options) for t in tensors):
             raise ProtocolError("malformed model specification: a tensor names a parameter group that is not there")
+        names = [name for t in tensors for name in (t.name, *t.aliases)]
+        if len(set(names)) < len(names):
+            raise ProtocolError("malformed model specification: two tensors have one name")
         return cls(tensors, rule, options, buffers)
 
     @property
@@ -119,13 +122,15 @@ class ModelSpec:
 
 def _tensor_from_wire(row: Any) -> TensorSpec:
     name, aliases, shape, dtype, kind, group = row
-    if not (isinstance(name, str) and isinstance(group, int) and kind in KINDS):
-        raise ValueError(f"bad tensor row {row!r}")
-    sizes = tuple(shape)
-    if not all(isinstance(n, int) and n >= 0 for n in sizes):
+    if not (type(name) is str and type(aliases) is list and all(type(a) is str for a in aliases)):
+        raise ValueError(f"bad name or aliases in {row!r}")
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"bad shape {shape!r} of {name}")
-    itemsize(dtype)
-    return TensorSpec(name, tuple(str(a) for a in aliases), sizes, dtype, kind, group)
+    if kind not in KINDS or type(group) is not int or (group >= 0) != (kind == "trainable") or group < -1:
+        raise ValueError(f"{name} cannot be {kind!r} in parameter group {group!r}")
+    if itemsize(dtype) and kind == "trainable" and dtype not in TRAINABLE:
+        raise ValueError(f"{name} cannot be trained as {dtype}")
+    return TensorSpec(name, tuple(aliases), tuple(shape), dtype, kind, group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Refusal(StrEnum):
     STALE_SEQ = "stale-seq"
     MODEL_DIFFERS = "model-differs"
     MALFORMED = "malformed"
+    NOT_READY = "not-ready"
     NON_FINITE = "non-finite"
     DATA_DIFFERS = "data-differs"
     TIMED_OUT = "timed-out"

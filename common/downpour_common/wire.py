@@ -36,13 +36,21 @@ def _is_int(value: Any) -> bool:
     return type(value) is int and _INT_MIN <= value <= _INT_MAX
 
 
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 _CHECKS: dict[Any, Callable[[Any], bool]] = {
     int: _is_int,
     float: lambda v: type(v) in (float, int),
     str: lambda v: type(v) is str,
     bytes: lambda v: type(v) is bytes,
     bool: lambda v: type(v) is bool,
-    Document: lambda v: type(v) is dict,
+    Document: lambda v: type(v) is dict and _is_plain(v),
     tuple[int, ...]: lambda v: type(v) is list and all(map(_is_int, v)),
     tuple[str, ...]: lambda v: type(v) is list and all(type(x) is str for x in v),
 }
@@ -90,7 +98,7 @@ def decode(frames: Sequence[Frame], header_limit: int = DATA_HEADER_LIMIT) -> Me
     header = frames[0]
     if len(header) > header_limit:
         raise ProtocolError(f"header of {len(header)} bytes; the limit is {header_limit}")
-    values = unpack(header)
+    values = _unpack(header)
     if type(values) is not list or not values or type(values[0]) is not int:
         raise ProtocolError("header is not an array that begins with a tag")
     shape = _SHAPES.get(values[0])
@@ -120,6 +128,13 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: Frame) -> Any:
     """The inverse of :func:`pack`; raises :class:`ProtocolError`."""
+    value = _unpack(data)
+    if not _is_plain(value):
+        raise ProtocolError("values other than null, booleans, numbers, strings, lists and maps with string keys")
+    return value
+
+
+def _unpack(data: Frame) -> Any:
     try:
         return msgpack.unpackb(data, strict_map_key=True, ext_hook=_no_extensions, raw=False)
     except ProtocolError:

@@ -17,18 +17,17 @@ class Members:
         """Slots that owe the open round a contribution, ascending."""
         return [slot for slot in range(self.workers) if slot not in self.ended and slot not in self.left]
 
-    def end_epoch(self, slot: int) -> bool:
-        """``slot`` has no more in this epoch; True when nobody has, and all are awaited again."""
+    def end_epoch(self, slot: int) -> None:
+        """``slot`` has no more in this epoch."""
         self.ended.add(slot)
-        return self._turn_over()
 
-    def leave(self, slot: int) -> bool:
-        """``slot`` has no more, ever; True when that ends the epoch for those who wait for its end."""
+    def leave(self, slot: int) -> None:
+        """``slot`` has no more, ever."""
         self.left.add(slot)
         self.ended.discard(slot)
-        return self._turn_over()
 
-    def _turn_over(self) -> bool:
+    def turn_over(self) -> bool:
+        """Begin the next epoch if nobody has more in this one; asked once the gates have done their last rounds."""
         if self.ended and not self.awaited():
             self.ended.clear()
             return True

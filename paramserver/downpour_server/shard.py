@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Layout
@@ -114,11 +116,13 @@ class Shard:
             case m.EndEpoch():
                 if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
                     self._ending.append((peer, message.request, message.slot))
-                    self._members_changed(self._members.end_epoch(message.slot), effects)
+                    self._members.end_epoch(message.slot)
+                    self._members_changed(effects)
             case m.Leave():
                 if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
                     effects.append(Reply(peer, m.Ack(message.request, 0)))
-                    self._members_changed(self._members.leave(message.slot), effects)
+                    self._members.leave(message.slot)
+                    self._members_changed(effects)
             case _:
                 raise ProtocolError(f"a shard does not take {type(message).__name__}")
         return effects
@@ -131,7 +135,9 @@ class Shard:
             for fetch in overdue:
                 fetches.remove(fetch)
                 names = ", ".join(f"worker/{s}" for s in self._gates[index].waits_for(fetch.slot, fetch.seq))
-                reason = f"after {self._timeout_s:g} s still waiting for {names or 'the initial weights of worker/0'}"
+                if not self.chunks[index].initialised:
+                    names = "the initial weights of worker/0"
+                reason = f"after {self._timeout_s:g} s still waiting for {names}"
                 self._refuse(fetch.peer, fetch.request, Refusal.TIMED_OUT, reason, effects)
         return effects
 
@@ -140,7 +146,10 @@ class Shard:
         effects: list[Effect] = []
         if self._capture is not None:
             effects.append(self._capture.failed("another snapshot began before it was complete"))
-        self._capture = Capture(snapshot, folder, at_clock, self.identity, self.chunks)
+        capture = Capture(snapshot, folder, at_clock, self.identity, self.chunks)
+        if not all(stored.initialised for stored in self.chunks.values()):
+            return [*effects, capture.failed("the first weights are not there yet")]
+        self._capture = capture
         for stored in self.chunks.values():
             self._capture.look(stored, self._position)
         self._finish_capture(effects)
@@ -151,39 +160,49 @@ class Shard:
     def _contribute(self, peer: Peer, push: m.Contribution, now_s: float, effects: list[Effect]) -> None:
         if not self._admits(peer, push, push.job, push.slot, push.worker_epoch, effects):
             return
-        if push.shard_epoch != self.identity.shard_epoch:
-            reason = f"meant for epoch {push.shard_epoch} of this shard, which is in epoch {self.identity.shard_epoch}"
-            self._refuse(peer, push.request, Refusal.STALE_EPOCH, reason, effects)
-            return
         stored = self._stored(peer, push.request, push.chunk, push.payload, effects)
         if stored is None:
             return
         window = stored.window(push.slot, push.worker_epoch, self._clock)
         seen = window.look(push.seq)
-        if seen is Seen.TOO_OLD:
-            reason = f"contribution {push.seq} of worker/{push.slot} is older than the window of repeats"
-            self._refuse(peer, push.request, Refusal.STALE_SEQ, reason, effects)
+        gradient = from_bytes(push.payload, stored.chunk.dtype)
+        objection = self._objection(push, stored, seen, gradient)
+        if objection is not None:
+            self._refuse(peer, push.request, *objection, effects)
             return
-        gate = self._gates[push.chunk]
         if seen is Seen.REPEAT:
             self.stats.repeats += 1
         else:
-            gradient = from_bytes(push.payload, stored.chunk.dtype)
-            if not is_finite(gradient):
-                reason = f"contribution {push.seq} of worker/{push.slot} holds NaN or Inf and was not applied"
-                self._refuse(peer, push.request, Refusal.NON_FINITE, reason, effects)
-                return
             window.record(push.seq)
             self.stats.bytes_in += stored.chunk.nbytes
             self._position = max(self._position, push.position)
             contribution = Contribution(push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient)
-            self._apply(stored, gate.offer(contribution))
+            self._apply(stored, self._gates[push.chunk].offer(contribution))
         if isinstance(push, m.PushPull):
             self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
         else:
             effects.append(Reply(peer, m.Ack(push.request, stored.version)))
         self._answer(push.chunk, effects)
         self._finish_capture(effects)
+
+    def _objection(
+        self, push: m.Contribution, stored: StoredChunk, seen: Seen, gradient: torch.Tensor
+    ) -> tuple[Refusal, str] | None:
+        """Why a contribution must not be applied; a refused one leaves no trace, so it may come again, repaired."""
+        epoch, name = self.identity.shard_epoch, f"contribution {push.seq} of worker/{push.slot}"
+        if push.shard_epoch != epoch:
+            return Refusal.STALE_EPOCH, f"{name} is meant for epoch {push.shard_epoch} of this shard, not {epoch}"
+        if seen is Seen.TOO_OLD:
+            return Refusal.STALE_SEQ, f"{name} is older than the window of repeats"
+        if seen is Seen.REPEAT:
+            return None
+        if not stored.initialised:
+            return Refusal.NOT_READY, f"chunk {push.chunk} has no weights yet: pull before the first push"
+        if not stored.understands(push.hyper):
+            return Refusal.MALFORMED, f"{name} has options that the update rule cannot take"
+        if not is_finite(gradient):
+            return Refusal.NON_FINITE, f"{name} holds NaN or Inf and was not applied"
+        return None
 
     def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]]) -> None:
         for round_ in rounds:
@@ -212,11 +231,11 @@ class Shard:
             effects.append(SendWeights(fetch.peer, fetch.request, stored))
         self._fetches[index] = kept
 
-    def _members_changed(self, turned_over: bool, effects: list[Effect]) -> None:
+    def _members_changed(self, effects: list[Effect]) -> None:
         for index, gate in self._gates.items():
             self._apply(self.chunks[index], gate.members_changed())
             self._answer(index, effects)
-        if turned_over:
+        if self._members.turn_over():
             effects.extend(Reply(peer, m.Ack(request, 0)) for peer, request, _ in self._ending)
             self._ending.clear()
         self._finish_capture(effects)

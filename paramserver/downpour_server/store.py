@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from downpour_common import wire
+from downpour_common.errors import ProtocolError
 from downpour_common.layout import Chunk
 from downpour_common.messages import Buffer
 from downpour_common.transport import Sent
@@ -26,7 +27,9 @@ class StoredChunk:
         self.initialised = False
         self.weights = torch.zeros(chunk.numel, dtype=torch_dtype(chunk.dtype))
         self._rule: Rule | None = RULES[rule](options) if chunk.kind == "trainable" else None
+        self._options = dict(options)
         self._hyper = b""
+        self._understood = b""
         self._latest: dict[int, torch.Tensor] = {}
         self._windows: dict[int, tuple[int, DedupWindow]] = {}
         self._readers: list[Sent] = []
@@ -42,6 +45,19 @@ class StoredChunk:
         epoch, window = self._windows.get(slot, (worker_epoch, DedupWindow(first_seq)))
         self._windows[slot] = (max(epoch, worker_epoch), window)
         return window
+
+    def understands(self, hyper: bytes) -> bool:
+        """Whether ``hyper`` holds options of the kinds that the parameter group had at the start."""
+        if hyper in (b"", self._understood):
+            return True
+        try:
+            options = wire.unpack(hyper)
+        except ProtocolError:
+            return False
+        if type(options) is not dict or not all(_same_kind(self._options.get(k), v) for k, v in options.items()):
+            return False
+        self._understood = hyper
+        return True
 
     def apply(self, round_: list[Contribution]) -> None:
         """Absorb one round as one update."""
@@ -106,3 +122,14 @@ class StoredChunk:
         self.initialised = True
         if self._rule is not None:
             self._rule.load_state(self.weights, dict(state))
+
+
+def _same_kind(known: Any, value: Any) -> bool:
+    """Whether ``value`` may replace ``known``: numbers by numbers, lists by lists as long; anything for None."""
+    if known is None:
+        return True
+    if isinstance(known, (list, tuple)):
+        return isinstance(value, list) and len(value) == len(known) and all(map(_same_kind, known, value))
+    if isinstance(known, bool) or not isinstance(known, (int, float)):
+        return type(value) is type(known)
+    return type(value) in (int, float)

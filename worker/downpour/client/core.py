@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from downpour_common import messages as m
-from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRefused, PeerTimeout
+from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRefused, PeerTimeout, ProtocolError
 from downpour_common.messages import Message, Refusal, Request
 
 OnAnswer = Callable[[Request], None]
@@ -40,7 +40,11 @@ class Ticket:
         if self.error is not None:
             return
         if self.on_answer is not None:
-            self.on_answer(message)
+            try:
+                self.on_answer(message)
+            except Exception as problem:
+                self.failed(ProtocolError(f"an answer cannot be used: {type(problem).__name__}: {problem}"))
+                return
         self._open -= 1
         self.answers.put(message)
         if self._open == 0:
@@ -98,7 +102,7 @@ class ClientCore:
 
     def name(self, server: str, name: str) -> None:
         """Call the server at this address ``name`` in errors."""
-        self._servers[server] = _Server(name)
+        self._servers.setdefault(server, _Server(name)).name = name
 
     def submit(self, submission: Submission, now_s: float) -> None:
         """Take a request; it leaves with :meth:`outgoing` once there is credit."""
@@ -142,8 +146,11 @@ class ClientCore:
             self._servers[submission.server].unanswered_bytes -= submission.nbytes
             self._time_out(submission)
         for server in self._servers.values():
-            while server.waiting and now_s > server.waiting[0].due_s:
-                self._time_out(server.waiting.popleft())
+            late = [s for s in server.waiting if now_s > s.due_s]
+            if late:
+                server.waiting = deque(s for s in server.waiting if now_s <= s.due_s)
+            for submission in late:
+                self._time_out(submission)
 
     def _time_out(self, submission: Submission) -> None:
         name = self._servers[submission.server].name

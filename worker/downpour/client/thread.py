@@ -31,6 +31,7 @@ class ClientThread:
         self._inbox: deque[Submission | tuple[str, Message] | Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
         self._closing = threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="downpour-io", daemon=True)
         self._thread.start()
 
@@ -44,8 +45,7 @@ class ClientThread:
 
     def submit(self, submissions: list[Submission]) -> None:
         """Send requests; each settles its ticket."""
-        self._inbox.extend(submissions)
-        self._transport.wake()
+        self._put(*submissions)
 
     def ask(self, server: str, message: Request, awaited: str, timeout_s: float) -> Request:
         """Send one request and wait for its answer. Raises :class:`DownpourError`."""
@@ -75,9 +75,12 @@ class ClientThread:
         self._transport.wake()
         self._thread.join(timeout=10.0)
 
-    def _put(self, item: Submission | tuple[str, Message] | Callable[[], None]) -> None:
-        self._inbox.append(item)
-        self._transport.wake()
+    def _put(self, *items: Submission | tuple[str, Message] | Callable[[], None]) -> None:
+        self._inbox.extend(items)
+        if self._ended.is_set():  # nobody else will look; the closed core refuses each
+            self._take_inbox()
+        else:
+            self._transport.wake()
 
     def _run(self) -> None:
         last_tick_s = time.monotonic()
@@ -104,15 +107,19 @@ class ClientThread:
             raise
         finally:
             self._core.close(error)
+            self._ended.set()
             self._take_inbox()
             self._transport.close()
 
     def _take_inbox(self) -> None:
-        while self._inbox:
-            item = self._inbox.popleft()
+        while True:
+            try:
+                item = self._inbox.popleft()
+            except IndexError:
+                return
             if isinstance(item, Submission):
                 self._core.submit(item, time.monotonic())
-            elif isinstance(item, tuple):
-                self._transport.send(*item)
-            else:
+            elif callable(item):
                 item()
+            elif not self._ended.is_set():
+                self._transport.send(*item)
