@@ -246,7 +246,7 @@ class Running:
         """SIGKILL to the launcher alone."""
         os.kill(self.pid, signal.SIGKILL)
 
-    def end(self, timeout_s: float = 60.0) -> Ended:
+    def end(self, timeout_s: float = 40.0) -> Ended:
         """Wait for the end."""
         try:
             code = self._process.wait(timeout_s)

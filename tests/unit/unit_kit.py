@@ -18,6 +18,8 @@ from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot
 
 JOB = "job-1"
+ADD: tuple[dict[str, Any], ...] = ({"lr": 1.0, "maximize": True},)
+"""Options of SGD with which a gradient is added to the weights as it is."""
 CHUNK_SIZES = (1, 3, 16, 100, 1 << 20)
 
 
@@ -37,7 +39,7 @@ def tensor(
 def model(
     *tensors: TensorSpec,
     rule: str = "SGD",
-    options: Sequence[Mapping[str, Any]] = ({"lr": -1.0},),
+    options: Sequence[Mapping[str, Any]] = ADD,
     buffers: str = "average",
 ) -> ModelSpec:
     """A model; its rule adds gradients to the weights unless told otherwise."""
