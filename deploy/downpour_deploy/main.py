@@ -80,6 +80,9 @@ def run(
         for problem in error.problems:
             typer.echo(f"downpour: {problem}", err=True)
         code = exitcodes.USAGE
+    except OSError as error:
+        typer.echo(f"downpour: {error.filename or 'run directory'}: {error.strerror or error}", err=True)
+        code = exitcodes.IO_ERROR
     except DownpourError as error:
         typer.echo(f"downpour: {error}", err=True)
         code = exitcodes.FAILED

@@ -31,6 +31,7 @@ from downpour_deploy.display import Display
 from downpour_deploy.outcome import Failure, Outcome, State, fill_figures
 from downpour_deploy.resolve import ResolvedJob
 
+SHARD_VARIABLE = "DOWNPOUR_SHARD"
 PUMP_S = 0.02
 """Longest wait before the coordinator's socket is looked at, should its descriptor have stayed silent."""
 DRAW_S = 0.25
@@ -170,8 +171,8 @@ class LocalJob:
                 "timeout_s": settings.timeout_s,
                 "start_timeout_s": settings.start_timeout_s,
             }
-            command = [sys.executable, "-u", "-m", "downpour_server", json.dumps(config)]
-            self._spawn("server", index, command, environment)
+            command = [sys.executable, "-u", "-m", "downpour_server"]
+            self._spawn("server", index, command, {**environment, SHARD_VARIABLE: json.dumps(config)})
 
     def _spawn(self, role: str, index: int, command: list[str], environment: dict[str, str]) -> None:
         log = os.path.join(self._spec.out, "logs", f"{role}-{index}.log")
@@ -352,7 +353,7 @@ class LocalJob:
             train_s=(self._trained_s or now_s) - first_s if first_s is not None else 0.0,
             start_s=first_s - self._started_s if first_s is not None else None,
             failure=self._failure,
-            warnings=self._warnings,
+            warnings=[*self._warnings, *self._service.problems],
         )
         fill_figures(outcome, self._state)
         return outcome

@@ -30,6 +30,7 @@ class CoordinatorService:
         self._transport = transport
         self._metrics = metrics
         self._on_snapshot = on_snapshot
+        self.problems: list[str] = []
 
     def pump(self, timeout_s: float = 0.0) -> None:
         """Handle everything that has arrived; waits at most ``timeout_s`` for the first message."""
@@ -50,11 +51,18 @@ class CoordinatorService:
                 case Send():
                     self._transport.send(effect.peer, effect.message)
                 case LogRow():
-                    self._metrics.write(json.dumps(effect.row) + "\n")
+                    self._log(effect)
                 case CommitSnapshot():
                     self._commit(effect)
                 case SnapshotFailed():
                     self._on_snapshot(effect.number, effect.reason)
+
+    def _log(self, effect: LogRow) -> None:
+        try:
+            self._metrics.write(json.dumps(effect.row) + "\n")
+        except OSError as error:
+            if not self.problems:  # a full disk does not stop the training
+                self.problems.append(f"metrics were lost: {error.strerror or error}")
 
     def _commit(self, effect: CommitSnapshot) -> None:
         try:

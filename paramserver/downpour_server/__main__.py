@@ -1,4 +1,4 @@
-"""``python -m downpour_server CONFIG``: one shard process. CONFIG is a ShardConfig as JSON; started by launchers."""
+"""``python -m downpour_server``: one shard process, told what it is by its launcher through the environment."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from types import FrameType
 from downpour_common import exitcodes, wire
 from downpour_common.errors import DownpourError
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
-from downpour_server.service import ShardConfig, ShardService, use_this_process
+from downpour_server.service import VARIABLE, ShardConfig, ShardService, use_this_process
 
 
 def main() -> int:
     """Serve until told to stop; an exit code."""
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)  # noqa: T201
+    text = os.environ.get(VARIABLE)
+    if text is None or len(sys.argv) > 1:
+        print(f"{__doc__}\n{VARIABLE} must hold a ShardConfig as JSON.", file=sys.stderr)  # noqa: T201
         return exitcodes.USAGE
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business; it ends the shard itself
-    config = ShardConfig(**json.loads(sys.argv[1]))
+    config = ShardConfig(**json.loads(text))
     use_this_process(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         data = ZmqServer(config.endpoint)

@@ -22,6 +22,8 @@ from downpour_server.restore import restore
 from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot, write
 
+VARIABLE = "DOWNPOUR_SHARD"
+"""The environment variable with the process' :class:`ShardConfig`; unlike arguments, other users cannot read it."""
 IDLE_S = 0.02
 """Longest wait for data before the control channel is looked at."""
 REPORT_S = 0.5

@@ -167,3 +167,21 @@ def test_every_push_is_applied_exactly_once() -> None:
         assert model["ledger"].view(3, 100).eq(torch.tensor([[5.0], [6.0], [7.0]])).all()
 
     run_job(body, replace(CONTEXT, mode="async", workers=3, shards=3, chunk_bytes=64))
+
+
+def test_push_and_pull_by_hand() -> None:
+    """A loop of another shape: gradients are sent when the script says so, and weights change when it asks."""
+
+    def body(session: Session) -> tuple[float, float, int]:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        session.prepare(model, SGD(model.parameters(), lr=0.5), [])
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.ones(1, 1)).sum().backward()
+            session.push(4)
+        before = model.weight.item()
+        session.pull()
+        return before, model.weight.item(), session.clock
+
+    assert run_job(body, replace(CONTEXT, mode="async")).results[0] == (0.0, -1.5, 3)

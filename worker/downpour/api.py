@@ -145,6 +145,16 @@ def pull() -> None:
         _session.pull()
 
 
+def push(samples: int = 1) -> None:
+    """Send the gradients at hand as one contribution of ``samples`` samples, and return once it is accepted.
+
+    With :func:`pull`, for loops of another shape than forward, backward, step: reinforcement learning, replay, rules of
+    your own. Weights stay as they are until the next :func:`pull`. Raises :class:`downpour.NonFiniteContribution`.
+    """
+    if _session is not None:
+        _session.push(samples)
+
+
 def barrier() -> None:
     """Wait until every live worker has come here."""
     if _session is not None:

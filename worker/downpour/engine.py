@@ -80,6 +80,14 @@ class Engine:
         """See :class:`downpour.optimizer.Stepper`."""
         self._space.zero_gradients()
 
+    def push(self, samples: int) -> None:
+        """Push the gradients at hand as one contribution, without a fetch or a local step."""
+        self._space.gather_gradients()
+        self._samples = samples
+        self.counters.samples += samples
+        self._push(self._space.gradients)
+        self.counters.clock += 1
+
     def flush(self) -> None:
         """Push what has accrued since the last push, at the end of training."""
         if self._accrued is not None and (self.counters.clock - self._first_clock) % self._n_push:

@@ -149,6 +149,13 @@ class Session:
         if self._engine is not None:
             self._engine.pull()
 
+    def push(self, samples: int) -> None:
+        """Push the gradients at hand, without fetching."""
+        if self._engine is None:
+            raise ConfigError("downpour.push needs an optimizer; give one to downpour.prepare")
+        self._engine.push(samples)
+        self._report()
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Send scalars to the run's metrics."""
         plain = {name: float(value) for name, value in values.items()}

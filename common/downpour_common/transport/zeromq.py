@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -188,13 +187,3 @@ def _swallow(sock: socket.socket) -> None:
             pass
     except BlockingIOError:
         return
-
-
-def free_runtime_folder() -> str:
-    """A private folder (mode 0700) for ``ipc://`` sockets, with a path short enough for them."""
-    import tempfile
-
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
-        if base and len(base) < 60 and os.access(base, os.W_OK | os.X_OK):
-            return tempfile.mkdtemp(prefix="downpour-", dir=base)
-    raise ConfigError("no writable folder with a short path for sockets; set TMPDIR or use --set transport=tcp")
