@@ -18,7 +18,7 @@ JobName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
 class Settings(BaseModel):
     """What ``--set key=value`` sets. Sizes in bytes, times in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     chunk_bytes: int = Field(1 << 20, ge=1024, le=64 << 20, description="largest chunk, the unit of transfer")
     window_bytes: int = Field(16 << 20, ge=1 << 16, description="unacknowledged bytes per worker and shard")
@@ -74,11 +74,13 @@ def job_spec(**fields: Any) -> JobSpec:
         spec = JobSpec(**fields)
     except ValidationError as error:
         raise ConfigError(*_problems(error)) from None
-    settings = spec.settings
+    settings, problems = spec.settings, []
     if spec.parsed_mode.name != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
-        raise ConfigError(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges every step")
+        problems.append(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges every step")
     if settings.port and settings.transport != "tcp":
-        raise ConfigError("settings.port: only for transport=tcp; add --set transport=tcp")
+        problems.append("settings.port: only for transport=tcp; add --set transport=tcp")
+    if problems:
+        raise ConfigError(*problems)
     return spec
 
 
@@ -111,10 +113,16 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def to_toml(spec: JobSpec) -> str:
-    """The resolved job as TOML (JSON strings, numbers and arrays are TOML's as well)."""
+    """The resolved job as TOML. Bytes of arguments that are not UTF-8 become U+FFFD."""
     top = spec.model_dump(exclude={"settings"}, exclude_none=True)
     return _table(top) + "\n[settings]\n" + _table(spec.settings.model_dump())
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def _toml_value(value: Any) -> str:
+    """JSON's numbers, booleans, arrays and (but for DEL) strings are TOML's as well."""
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)

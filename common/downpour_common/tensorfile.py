@@ -8,6 +8,7 @@ little-endian header length, a JSON header, raw data.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -40,11 +41,11 @@ class TensorHead:
 
 def write_tensors(
     path: str, heads: Sequence[TensorHead], data: Iterable[Bytes], metadata: Mapping[str, str] | None = None
-) -> None:
+) -> str:
     """Write tensors in the order given: to a temporary name, fsynced, renamed, folder fsynced.
 
-    ``data`` yields bytes whose total is that of ``heads``, cut anywhere. Raises :class:`CheckpointError` when the
-    file cannot be written, and leaves nothing behind then.
+    ``data`` yields bytes whose total is that of ``heads``, cut anywhere. Returns the file's SHA-256 in hex. Raises
+    :class:`CheckpointError` when the file cannot be written, and leaves nothing behind then.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -58,14 +59,21 @@ def write_tensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
 
+    digest = hashlib.sha256()
+
     def write(file: IO[bytes]) -> None:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        written = sum(file.write(part) for part in data)
+        def put(part: Bytes) -> int:
+            digest.update(part)
+            return file.write(part)
+
+        put(len(encoded).to_bytes(8, "little"))
+        put(encoded)
+        written = sum(put(part) for part in data)
         if written != at:
             raise ValueError(f"{path}: {written} bytes of data, the header says {at}")
 
     write_atomically(path, write)
+    return digest.hexdigest()
 
 
 def write_atomically(path: str, write: Any) -> None:
@@ -83,9 +91,10 @@ def write_atomically(path: str, write: Any) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         raise CheckpointError(path, f"cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # renamed, when all went well
+            os.unlink(temporary)
 
 
 class TensorFile(Mapping[str, memoryview]):
@@ -100,7 +109,7 @@ class TensorFile(Mapping[str, memoryview]):
             raise CheckpointError(path, f"cannot be read: {error}") from None
         try:
             self._index(self._map)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             self._map.close()
             raise CheckpointError(path, f"is not a safetensors file, or damaged: {error}") from None
 
@@ -113,8 +122,8 @@ class TensorFile(Mapping[str, memoryview]):
         self.heads: dict[str, TensorHead] = {}
         self._at: dict[str, tuple[int, int]] = {}
         for name, row in header.items():
-            head = TensorHead(name, FROM_SAFETENSORS[row["dtype"]], tuple(int(n) for n in row["shape"]))
-            start, stop = (8 + length + int(n) for n in row["data_offsets"])
+            head = TensorHead(name, FROM_SAFETENSORS[row["dtype"]], _sizes(row["shape"]))
+            start, stop = (8 + length + n for n in _sizes(row["data_offsets"]))
             if not 8 + length <= start <= stop <= len(data) or stop - start != head.nbytes:
                 raise ValueError(f"tensor {name} lies outside the file")
             self.heads[name] = head
@@ -136,3 +145,9 @@ class TensorFile(Mapping[str, memoryview]):
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(BufferError):  # a view still in use keeps the mapping until it is collected
             self._map.close()
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if type(values) is not list or not all(type(n) is int and n >= 0 for n in values):
+        raise ValueError(f"not a list of sizes: {values!r}")
+    return tuple(values)

@@ -12,8 +12,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from downpour_common.errors import CheckpointError
-from downpour_common.tensorfile import TensorFile, write_atomically
+from downpour_common.errors import CheckpointError, ProtocolError
+from downpour_common.layout import ModelSpec, plan
+from downpour_common.tensorfile import write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -28,7 +29,10 @@ class Checkpoint:
 
 def commit(folder: str, manifest: dict[str, Any]) -> None:
     """Write the manifest durably. Raises :class:`CheckpointError`."""
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(folder, f"cannot be made: {error.strerror}") from None
     data = json.dumps(manifest, separators=(",", ":")).encode()
     write_atomically(os.path.join(folder, MANIFEST), lambda file: file.write(data))
 
@@ -42,7 +46,7 @@ def numbers(run: str) -> list[int]:
     """Numbers of all checkpoint folders of the run, committed or not, ascending."""
     try:
         names = os.listdir(os.path.join(run, "checkpoints"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(name) for name in names if name.isdecimal())
 
@@ -53,13 +57,16 @@ def load(folder: str) -> Checkpoint:
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        entries = manifest["files"]
         if manifest["format"] != 1:
             raise CheckpointError(path, f"has format {manifest['format']}, this version reads 1")
-        for entry in entries:
+        for entry in manifest["files"]:
             _verify(os.path.join(folder, entry["file"]), entry)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        layout = plan(ModelSpec.from_wire(manifest["model"]), manifest["shards"], manifest["chunk_bytes"])
+        missing = {str(c.index) for c in layout.chunks} - {i for entry in manifest["files"] for i in entry["chunks"]}
+    except (OSError, ValueError, KeyError, TypeError, ProtocolError) as error:
         raise CheckpointError(path, f"cannot be used: {type(error).__name__}: {error}") from None
+    if missing:
+        raise CheckpointError(path, f"names no file for {len(missing)} of the model's {len(layout.chunks)} chunks")
     return Checkpoint(folder, manifest)
 
 
@@ -95,9 +102,7 @@ def _verify(path: str, entry: dict[str, Any]) -> None:
     size = os.path.getsize(path)
     if size != entry["bytes"]:
         raise CheckpointError(path, f"has {size} bytes, the manifest says {entry['bytes']}: it is damaged")
-    digest = hashlib.sha256()
-    with TensorFile(path) as file:
-        for name in file:
-            digest.update(file[name])
-    if digest.hexdigest() != entry["sha256_data"]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry["sha256"]:
         raise CheckpointError(path, "does not match its digest: it is damaged")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from downpour_common.dtypes import itemsize
+from downpour_common.errors import CheckpointError
 from downpour_common.layout import Chunk, ModelSpec, plan
 from downpour_common.tensorfile import TensorFile, TensorHead, write_tensors
 from downpour_coordinator.checkpoints import Checkpoint
@@ -20,6 +21,8 @@ def export_model(checkpoint: Checkpoint, path: str) -> None:
     manifest = checkpoint.manifest
     layout = plan(ModelSpec.from_wire(manifest["model"]), manifest["shards"], manifest["chunk_bytes"])
     home = {int(i): entry["file"] for entry in manifest["files"] for i in entry["chunks"]}
+    if len(home) < len(layout.chunks):
+        raise CheckpointError(checkpoint.folder, "names no file for some of the model's chunks")
     spans: dict[str, list[tuple[Chunk, int, int, int]]] = {t.name: [] for t in layout.model.tensors}
     for chunk in layout.chunks:
         for tensor, first, at, count in layout.pieces_of(chunk):
@@ -39,7 +42,14 @@ def export_model(checkpoint: Checkpoint, path: str) -> None:
                 size = itemsize(tensor.dtype)
                 for _ in (tensor.name, *tensor.aliases):
                     for chunk, _, at, count in sorted(spans[tensor.name], key=lambda span: span[1]):
-                        chunk_data = files[home[chunk.index]][f"{chunk.index}.weights"]
+                        chunk_data = _weights(files[home[chunk.index]], chunk)
                         yield chunk_data[at * size : (at + count) * size]
 
         write_tensors(path, heads, data(), {"format": "pt"})
+
+
+def _weights(file: TensorFile, chunk: Chunk) -> memoryview:
+    try:
+        return file[f"{chunk.index}.weights"]
+    except KeyError:
+        raise CheckpointError(file.path, f"does not hold the weights of chunk {chunk.index}") from None

@@ -39,7 +39,7 @@ class Round:
 
     def taken(self, message: m.SnapshotTaken) -> CommitSnapshot | SnapshotFailed | None:
         """One shard's answer; the outcome once all have answered."""
-        if message.snapshot != self.number:
+        if message.snapshot != self.number or not 0 <= message.shard < self.shards:
             return None
         if message.error:
             self._errors[message.shard] = message.error

@@ -87,7 +87,7 @@ class Coordinator:
         self.setup_error = ""
         self.latest: dict[str, float] = {}
         self.model: ModelSpec | None = None
-        self._waiting: dict[int, m.RegisterWorker] = {}
+        self._waiting: dict[int, ModelSpec] = {}
         self._ledgers: dict[tuple[int, int], PassLedger] = {}
         self._passes: dict[int, int] = {}  # slot → its newest pass over the first loader
         self._barriers: dict[str, dict[int, tuple[Peer, int]]] = {}
@@ -202,6 +202,8 @@ class Coordinator:
             effects.append(Send(peer, m.SetUpShard(self.model.to_wire(), self.facts.resume)))
 
     def _shard_ready(self, message: m.ShardReady, effects: list[Effect]) -> None:
+        if message.shard not in self.shards:
+            raise ProtocolError(f"there is no server/{message.shard} in this job")
         if message.error:
             self.setup_error = self.setup_error or f"server/{message.shard}: {message.error}"
         else:
@@ -214,11 +216,12 @@ class Coordinator:
             reason = f"job {message.job!r}, slot {message.slot} does not belong here (job {self.facts.job!r})"
             effects.append(Send(peer, m.Refused(message.request, Refusal.WRONG_JOB.value, reason)))
             return
+        model = ModelSpec.from_wire(message.model)
         worker.peer, worker.request = peer, message.request
         worker.pid, worker.epoch = message.pid, message.worker_epoch
-        self._waiting[message.slot] = message
+        self._waiting[message.slot] = model
         if self.model is None and message.slot == 0:
-            self.model = ModelSpec.from_wire(message.model)
+            self.model = model
             for shard in self.shards.values():
                 if shard.peer:
                     effects.append(Send(shard.peer, m.SetUpShard(message.model, self.facts.resume)))
@@ -230,19 +233,19 @@ class Coordinator:
             return
         ready = all(s.ready for s in self.shards.values())
         facts = self.facts
-        for slot, message in list(self._waiting.items()):
+        for slot, model in list(self._waiting.items()):
             worker = self.workers[slot]
-            difference = self.model.first_difference(ModelSpec.from_wire(message.model))
+            difference = self.model.first_difference(model)
             if difference is not None:
-                refused = m.Refused(message.request, Refusal.MODEL_DIFFERS.value, difference)
+                refused = m.Refused(worker.request, Refusal.MODEL_DIFFERS.value, difference)
             elif self.setup_error:
-                refused = m.Refused(message.request, Refusal.CHECKPOINT.value, self.setup_error)
+                refused = m.Refused(worker.request, Refusal.CHECKPOINT.value, self.setup_error)
             elif ready:
                 worker.answered = True
                 addresses = tuple(self.shards[i].address for i in range(facts.shards))
                 offset = facts.done[0][1] if facts.done and facts.done[0][0] == 0 and facts.mode.synchronous else 0
                 position = (facts.epoch, offset)
-                welcome = m.Welcome(message.request, addresses, bool(facts.resume), facts.clock, position)
+                welcome = m.Welcome(worker.request, addresses, bool(facts.resume), facts.clock, position)
                 effects.append(Send(worker.peer, welcome))
                 del self._waiting[slot]
                 continue
@@ -290,7 +293,7 @@ class Coordinator:
     def _log(self, message: m.LogMetrics, effects: list[Effect]) -> None:
         numbers = {k: float(v) for k, v in message.values.items() if isinstance(v, (int, float))}
         self.latest.update(numbers)
-        effects.append(LogRow({"worker": message.slot, "clock": message.clock, **numbers}))
+        effects.append(LogRow({**numbers, "worker": message.slot, "clock": message.clock}))
 
     # ------------------------------------------------------------ snapshots
 

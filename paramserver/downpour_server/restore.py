@@ -56,6 +56,8 @@ def restore(folder: str, layout: Layout, chunks: dict[int, StoredChunk]) -> int:
         clock = int(manifest["clock"])
     except (KeyError, TypeError, ValueError, ProtocolError) as error:
         raise CheckpointError(folder, f"has an unusable manifest: {error!r}") from None
+    if len(rows) < len(old.chunks):
+        raise CheckpointError(folder, "names no file for some of the model's chunks")
     _check_same_tensors(folder, old, layout)
     homes = _homes(old)
     with ExitStack() as stack:
@@ -107,6 +109,8 @@ def _restore_chunk(
             if low >= high:
                 continue
             name, row = rows[chunk.index]
+            if f"{chunk.index}.weights" not in files[name]:
+                raise CheckpointError(files[name].path, f"does not hold the weights of chunk {chunk.index}")
             version = max(version, row["version"])
             for scalar, value in row["scalars"].items() if same_rule else ():
                 scalars[scalar] = max(value, scalars.get(scalar, value))

@@ -6,9 +6,8 @@ it, so the files of all shards hold the same round. In the others it is what eac
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,18 +96,5 @@ def write(effect: WriteSnapshot) -> dict[str, Any]:
         TensorHead(key, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for key, tensor in effect.tensors.items()
     ]
-    digest = hashlib.sha256()
-
-    def parts() -> Iterator[memoryview]:
-        for tensor in effect.tensors.values():
-            data = as_bytes(tensor)
-            digest.update(data)
-            yield data
-
-    write_tensors(path, heads, parts())
-    return {
-        "file": name,
-        "bytes": os.path.getsize(path),
-        "sha256_data": digest.hexdigest(),
-        **effect.document,
-    }
+    digest = write_tensors(path, heads, map(as_bytes, effect.tensors.values()))
+    return {"file": name, "bytes": os.path.getsize(path), "sha256": digest, **effect.document}
