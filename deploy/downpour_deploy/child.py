@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ class Child:
         self.returncode: int | None = None
         self._on_line, self._on_exit = on_line, on_exit
         self._loop = asyncio.get_running_loop()
-        self._log: BinaryIO = open(log, "ab", buffering=0)  # noqa: SIM115
+        self._log: BinaryIO | None = open(log, "ab")  # noqa: SIM115
         self._partial = b""
         self.exited = asyncio.Event()
         prepare_child()
@@ -53,7 +54,7 @@ class Child:
                 preexec_fn=die_with_parent,  # noqa: PLW1509  the launcher starts children before any thread
             )
         except OSError:
-            self._log.close()
+            self._close_log()
             raise
         assert self._process.stdout is not None
         self.pid = self._process.pid
@@ -92,10 +93,13 @@ class Child:
         self._take(data)
 
     def _take(self, data: bytes) -> None:
-        try:
-            self._log.write(data)
-        except OSError as error:
-            self._on_line(self, f"[log not written: {error.strerror}]")
+        if self._log is not None:
+            try:
+                self._log.write(data)
+                self._log.flush()
+            except OSError as error:
+                self._on_line(self, f"[from here on, the log file is not written: {error.strerror}]")
+                self._close_log()
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
             self._emit(line)
@@ -129,16 +133,32 @@ class Child:
             self._partial = b""
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._log.close()
+        self._close_log()
+
+    def _close_log(self) -> None:
+        log, self._log = self._log, None
+        if log is not None:
+            with contextlib.suppress(OSError):  # what a full disk did not take has been told
+                log.close()
 
 
-async def end_all(children: Sequence[Child], grace_s: float) -> None:
-    """End every process: SIGTERM, ``grace_s`` seconds, SIGKILL. Returns when all have ended."""
+async def end_all(children: Sequence[Child], grace_s: float, hurry: asyncio.Event) -> None:
+    """End every process: SIGTERM, ``grace_s`` seconds or until ``hurry``, SIGKILL. Returns when all have ended."""
     for child in children:
         child.send_signal(signal.SIGTERM)
-    waiting = [asyncio.ensure_future(c.exited.wait()) for c in children if c.running]
-    if waiting:
-        await asyncio.wait(waiting, timeout=grace_s)
-        for child in children:
-            child.send_signal(signal.SIGKILL)
-        await asyncio.wait(waiting)
+    ended = asyncio.ensure_future(_all_ended(children))
+    hurried = asyncio.ensure_future(_set(hurry))
+    await asyncio.wait([ended, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    for child in children:
+        child.send_signal(signal.SIGKILL)
+    await ended
+
+
+async def _all_ended(children: Sequence[Child]) -> None:
+    for child in children:
+        await child.exited.wait()
+
+
+async def _set(event: asyncio.Event) -> None:
+    await event.wait()

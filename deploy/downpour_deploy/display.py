@@ -133,7 +133,8 @@ def _table(outcome: Outcome) -> Table:
         table.add_row(f"last {name}", f"{value:.5g}")
     if outcome.steps:
         table.add_row("steps", f"{outcome.steps:,} per worker at most, {outcome.samples:,} samples")
-        rate = f"{outcome.samples_per_s:,.0f} samples/s over {outcome.train_s:.1f} s"
+        rate = f"{outcome.samples_per_s:,.0f} samples/s" if outcome.samples else f"{outcome.steps_per_s:,.1f} steps/s"
+        rate += f" over {outcome.train_s:.1f} s"
         table.add_row("throughput", f"{rate}; workers waited {outcome.wait_share:.0%} of it for the servers")
         table.add_row(
             "moved",

@@ -56,6 +56,7 @@ def run(
     Options for downpour come before SCRIPT, everything after it goes to the script.
 
     Exit code: 0 success, the failed script's own, 2 usage, 74 results not written, 130 interrupted.
+    With --json, errors of usage leave stdout empty.
     """
     from downpour_deploy.resolve import Wishes, resolve
     from downpour_deploy.run import run_job

@@ -51,6 +51,11 @@ class Outcome:
         """Training samples per second, from the first step's start to the last worker's end."""
         return self.samples / self.train_s if self.train_s > 0 else 0.0
 
+    @property
+    def steps_per_s(self) -> float:
+        """Steps of the worker with the most, per second of the same time."""
+        return self.steps / self.train_s if self.train_s > 0 else 0.0
+
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
         failure = self.failure

@@ -121,6 +121,10 @@ def _out(wishes: Wishes, problems: list[str]) -> str:
     out = wishes.out
     if os.path.exists(out) and not os.path.isdir(out):
         problems.append(f"--out {out}: is a file; give a folder")
-    elif os.path.isdir(out) and os.listdir(out) and wishes.resume is None:
+    elif os.path.isdir(out) and os.listdir(out) and not _same_folder(out, wishes.resume):
         problems.append(f"--out {out}: is not empty; give another folder, or go on with --resume {out}")
     return out
+
+
+def _same_folder(out: str, resume: str | None) -> bool:
+    return resume is not None and os.path.realpath(out) == os.path.realpath(resume)

@@ -18,10 +18,11 @@ from typing import TextIO
 import uvloop
 
 from downpour.context import WorkerContext
-from downpour_common import exitcodes, wire
+from downpour_common import exitcodes
 from downpour_common.config import JobSpec, to_toml
 from downpour_common.errors import CheckpointError
 from downpour_common.transport.zeromq import ZmqServer
+from downpour_common.wire import CONTROL_HEADER_LIMIT
 from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
 from downpour_coordinator.service import CoordinatorService
@@ -35,6 +36,8 @@ SHARD_VARIABLE = "DOWNPOUR_SHARD"
 PUMP_S = 0.02
 """Longest wait before the coordinator's socket is looked at, should its descriptor have stayed silent."""
 DRAW_S = 0.25
+RETRY_S = 5.0
+"""Time before a checkpoint that failed is tried again."""
 STOP_SNAPSHOT_S = 10.0
 """Time that an interrupted job is given for its last checkpoint."""
 SHARD_GRACE_S = 5.0
@@ -42,9 +45,7 @@ SHARD_GRACE_S = 5.0
 
 def run_job(job: ResolvedJob, json_output: bool, quiet: bool) -> int:
     """Run ``job`` to its end; an exit code. Raises :class:`ConfigError` when it cannot start."""
-    os.makedirs(os.path.join(job.spec.out, "logs"), exist_ok=True)
     display = Display(json_output, quiet)
-    display.start(job)
     outcome = uvloop.run(_run(job, display))
     display.finish(outcome)
     return outcome.exit_code
@@ -53,11 +54,28 @@ def run_job(job: ResolvedJob, json_output: bool, quiet: bool) -> int:
 async def _run(job: ResolvedJob, display: Display) -> Outcome:
     runtime = tempfile.mkdtemp(prefix="downpour-", dir=_socket_base(job.spec))
     try:
-        with open(os.path.join(job.spec.out, "metrics.jsonl"), "a", encoding="utf-8", buffering=1) as metrics:
-            return await LocalJob(job, display, runtime, metrics).run()
+        transport = ZmqServer(_endpoint(job.spec, runtime, "coordinator", job.spec.settings.port), CONTROL_HEADER_LIMIT)
+        try:
+            os.makedirs(os.path.join(job.spec.out, "logs"), exist_ok=True)
+            metrics = open(os.path.join(job.spec.out, "metrics.jsonl"), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            display.start(job)
+            outcome = await LocalJob(job, display, runtime, transport, metrics).run()
+            try:
+                metrics.close()
+            except OSError as error:
+                outcome.warnings.append(f"metrics were lost: {error.strerror or error}")
+            return outcome
+        finally:
+            transport.close()
     finally:
         display.stop()
         shutil.rmtree(runtime, ignore_errors=True)
+
+
+def _endpoint(spec: JobSpec, runtime: str, name: str, port: int = 0) -> str:
+    if spec.settings.transport == "tcp":
+        return f"tcp://127.0.0.1:{port or '*'}"
+    return f"ipc://{runtime}/{name}"
 
 
 def _socket_base(spec: JobSpec) -> str | None:
@@ -70,7 +88,7 @@ def _socket_base(spec: JobSpec) -> str | None:
 class LocalJob:
     """The processes of one job and the coordinator between them."""
 
-    def __init__(self, job: ResolvedJob, display: Display, runtime: str, metrics: TextIO) -> None:
+    def __init__(self, job: ResolvedJob, display: Display, runtime: str, transport: ZmqServer, metrics: TextIO) -> None:
         self._spec = job.spec
         self._display = display
         self._runtime = runtime
@@ -81,6 +99,8 @@ class LocalJob:
         self._children: list[Child] = []
         self._failure: Failure | None = None
         self._interrupted = 0
+        self._signal = signal.SIGINT
+        self._hurry = asyncio.Event()
         self._degraded = ""
         self._warnings: list[str] = []
         self._snapshots = (checkpoints.numbers(job.spec.out) or [0])[-1]
@@ -88,9 +108,7 @@ class LocalJob:
         self._committed: dict[int, asyncio.Future[str]] = {}
         self._over = asyncio.Event()
         self._stopping = False
-        settings = job.spec.settings
-        endpoint = self._endpoint("coordinator", settings.port)
-        self._transport = ZmqServer(endpoint, wire.CONTROL_HEADER_LIMIT)
+        self._transport = transport
         self._service = CoordinatorService(
             Coordinator(_facts(job, self._job_id)), self._transport, metrics, self._on_snapshot
         )
@@ -103,7 +121,7 @@ class LocalJob:
         """Start, watch, finish; ends every process it started, on every path."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         loop.add_reader(self._transport.fileno(), self._service.pump)
         model: str | None = None
         try:
@@ -116,18 +134,11 @@ class LocalJob:
             self._fail(Failure("run", -1, exitcodes.IO_ERROR, f"{error.filename or ''}: {error.strerror or error}"))
         finally:
             self._stopping = True
-            grace_s = 0.0 if self._interrupted > 1 else self._spec.settings.grace_s
-            await end_all(self._children, grace_s)
+            await end_all(self._children, self._spec.settings.grace_s, self._hurry)
             loop.remove_reader(self._transport.fileno())
-            self._transport.close()
         return self._outcome(model)
 
     # ------------------------------------------------------------ starting
-
-    def _endpoint(self, name: str, port: int = 0) -> str:
-        if self._spec.settings.transport == "tcp":
-            return f"tcp://127.0.0.1:{port or '*'}"
-        return f"ipc://{self._runtime}/{name}"
 
     def _start(self) -> None:
         spec, settings = self._spec, self._spec.settings
@@ -163,7 +174,7 @@ class LocalJob:
                 "shard": index,
                 "shard_epoch": 0,
                 "coordinator": self._transport.address,
-                "endpoint": self._endpoint(f"server-{index}"),
+                "endpoint": _endpoint(spec, self._runtime, f"server-{index}"),
                 "workers": spec.workers,
                 "shards": spec.shards,
                 "mode": spec.mode,
@@ -220,7 +231,7 @@ class LocalJob:
     def _explain(self, child: Child, code: int) -> Failure:
         reported = next((f for f in self._state.failures if f.slot == child.index), None)
         if code < 0:
-            message = f"killed by signal {-code} ({signal.Signals(-code).name})"
+            message = f"killed by signal {-code} ({_signal_name(-code)})"
             return Failure(child.role, child.index, exitcodes.of_process(code), message, "\n".join(child.tail))
         if child.role == "worker" and reported is not None:
             return Failure(child.role, child.index, code or 1, reported.error, reported.traceback.rstrip())
@@ -228,7 +239,8 @@ class LocalJob:
             message = f"{self._spec.script} ended without calling downpour.prepare(), so nothing was trained"
             return Failure(child.role, child.index, exitcodes.FAILED, message)
         if code == 0:
-            return Failure(child.role, child.index, exitcodes.FAILED, "ended before its work was done")
+            message = "ended with exit code 0 without leaving the job in good order (os._exit?)"
+            return Failure(child.role, child.index, exitcodes.FAILED, message)
         return Failure(child.role, child.index, code, f"exit code {code}", "\n".join(child.tail))
 
     def _fail(self, failure: Failure) -> None:
@@ -236,10 +248,13 @@ class LocalJob:
             self._failure = failure
         self._over.set()
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         self._interrupted += 1
         self._over.set()
-        if self._interrupted == 1:
+        if self._interrupted > 1:
+            self._hurry.set()
+        else:
+            self._signal = number
             self._display.note("stopping; a second Ctrl-C ends everything at once")
             self._service.carry_out(self._state.ask_to_stop("interrupted"))
 
@@ -260,6 +275,7 @@ class LocalJob:
     def _on_snapshot(self, number: int, error: str) -> None:
         self._degraded = f"checkpoint {number}: {error}" if error else ""
         if error:
+            self._snapshot_s += RETRY_S - self._spec.settings.checkpoint_s  # sooner than usual
             shutil.rmtree(checkpoints.folder_of(self._spec.out, number), ignore_errors=True)
         else:
             checkpoints.prune(self._spec.out, self._spec.settings.keep_checkpoints)
@@ -273,8 +289,10 @@ class LocalJob:
         while not future.done():
             if time.monotonic() > deadline_s:
                 return f"the shards did not answer within {timeout_s:g} s"
-            if any(not c.running for c in self._children if c.role == "server") or self._interrupted > 1:
-                return "the shards are gone"
+            if self._hurry.is_set():
+                return "there was no time for it"
+            if any(not c.running for c in self._children if c.role == "server"):
+                return "a shard is gone"
             self._service.pump()
             await asyncio.wait([future], timeout=PUMP_S)
         return future.result()
@@ -291,10 +309,11 @@ class LocalJob:
                 model = await self._export()
         self._stopping = True
         workers = [c for c in self._children if c.role == "worker"]
-        await end_all(workers, 0.0 if self._interrupted > 1 else self._spec.settings.grace_s)
+        await end_all(workers, self._spec.settings.grace_s, self._hurry)
         self._service.carry_out(self._state.stop_shards())
-        shards = [asyncio.ensure_future(c.exited.wait()) for c in self._children if c.running]
-        if shards and self._failure is None and self._interrupted <= 1:
+        registered = {s.pid for s in self._state.shards.values() if s.ready}
+        shards = [asyncio.ensure_future(c.exited.wait()) for c in self._children if c.running and c.pid in registered]
+        if shards and self._failure is None and not self._hurry.is_set():
             await asyncio.wait(shards, timeout=SHARD_GRACE_S)
             self._service.pump()
         return model
@@ -302,13 +321,15 @@ class LocalJob:
     async def _keep_interrupted(self) -> None:
         """A checkpoint of where an interrupted job is: while its workers still run, or of what they left."""
         settings = self._spec.settings
-        future = self._begin_snapshot()
         error = "training had not begun"
-        if future is not None:
-            error = await self._pump_until(future, STOP_SNAPSHOT_S)
+        deadline_s = time.monotonic() + STOP_SNAPSHOT_S
+        while error and time.monotonic() < deadline_s and (future := self._begin_snapshot()) is not None:
+            error = await self._pump_until(future, max(0.1, deadline_s - time.monotonic()))
+            if not any(c.running for c in self._children if c.role == "worker"):
+                break
         if error and self._state.training and self._interrupted == 1:
             self._stopping = True
-            await end_all([c for c in self._children if c.role == "worker"], settings.grace_s)
+            await end_all([c for c in self._children if c.role == "worker"], settings.grace_s, self._hurry)
             future = self._begin_snapshot(final=True)
             error = await self._pump_until(future, STOP_SNAPSHOT_S) if future is not None else error
         if error:
@@ -327,7 +348,8 @@ class LocalJob:
                 number = self._snapshots
                 export_model(checkpoints.load(checkpoints.folder_of(self._spec.out, number)), path)
             except CheckpointError as problem:
-                error = str(problem)
+                kept = checkpoints.folder_of(self._spec.out, self._snapshots)
+                error = f"{problem}. The weights are safe in {kept}; make room and run again with --resume"
         if error:
             message = f"training ended well, but its result could not be written: {error}"
             self._fail(Failure("run", -1, exitcodes.IO_ERROR, message))
@@ -341,7 +363,7 @@ class LocalJob:
         if self._failure is not None:
             code = self._failure.exit_code or exitcodes.FAILED
         elif self._interrupted:
-            code = exitcodes.INTERRUPTED
+            code = exitcodes.of_process(-self._signal)
         first_s = self._first_step_s
         outcome = Outcome(
             job=self._spec.name,
@@ -357,6 +379,13 @@ class LocalJob:
         )
         fill_figures(outcome, self._state)
         return outcome
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
 
 
 def _facts(job: ResolvedJob, job_id: str) -> JobFacts:

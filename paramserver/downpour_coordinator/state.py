@@ -16,6 +16,10 @@ from downpour_coordinator.leases import PassLedger, Span, merge
 from downpour_coordinator.snapshots import CommitSnapshot, Round, SnapshotFailed
 
 
+LARGEST_MARGIN = 4096
+"""Clocks that a synchronous snapshot is put ahead of the shards' last report at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobFacts:
     """What the coordinator must know of the job. ``resume`` is a checkpoint folder or ""."""
@@ -92,6 +96,7 @@ class Coordinator:
         self._passes: dict[int, int] = {}  # slot → its newest pass over the first loader
         self._barriers: dict[str, dict[int, tuple[Peer, int]]] = {}
         self._round: Round | None = None
+        self._margin = 2
 
     # ------------------------------------------------------------ events
 
@@ -121,6 +126,8 @@ class Coordinator:
             case m.SnapshotTaken():
                 if self._round is not None and (outcome := self._round.taken(message)) is not None:
                     self._round = None
+                    if isinstance(outcome, SnapshotFailed):
+                        self._margin = min(self._margin * 4, LARGEST_MARGIN)
                     effects.append(outcome)
             case m.ReportFailure():
                 self.failures.append(message)
@@ -298,10 +305,13 @@ class Coordinator:
     # ------------------------------------------------------------ snapshots
 
     def _clock_ahead(self) -> int:
-        """A clock that no shard has reached when the request arrives: twice the pace of the last report away."""
+        """A clock that no shard should have reached when the request arrives.
+
+        It is a few reports' pace away, and farther after each attempt that came too late.
+        """
         clocks = [s.report.get("round", 0) for s in self.shards.values()]
         pace = max((s.report.get("rounds_per_report", 0) for s in self.shards.values()), default=0)
-        return int(max(clocks, default=0) + 3 * pace + 2)
+        return int(max(clocks, default=0) + 3 * pace + self._margin)
 
     def _manifest(self) -> dict[str, Any]:
         assert self.model is not None

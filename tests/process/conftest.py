@@ -38,19 +38,19 @@ SHM = Path("/dev/shm")
 # ---------------------------------------------------------------- what the kernel knows
 
 
+def environment_of(pid: int) -> dict[bytes, bytes]:
+    """What the process was started with; empty when it has ended, as a zombie too."""
+    try:
+        data = Path("/proc", str(pid), "environ").read_bytes()
+    except OSError:
+        return {}
+    return dict(pair.split(b"=", 1) for pair in data.split(b"\0") if b"=" in pair)
+
+
 def marked(mark: str) -> list[int]:
-    """Living processes with the mark in their environment. Zombies have no environment any more."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                environment = Path("/proc", entry, "environ").read_bytes()
-            except OSError:
-                continue  # it ended while we looked
-            if wanted in environment.split(b"\0"):
-                found.append(int(entry))
-    return found
+    """Living processes with the mark in their environment."""
+    everyone = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [pid for pid in everyone if environment_of(pid).get(MARK.encode()) == mark.encode()]
 
 
 def command_of(pid: int) -> list[str]:
@@ -229,12 +229,12 @@ class Running:
     def children(self) -> dict[str, int]:
         """The processes of the job by ``worker/…`` (in no known order) and ``server/index``."""
         found = {}
-        for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            command = command_of(int(pid))
-            if "downpour_server" in command:
-                found[f"server/{json.loads(command[-1])['shard']}"] = int(pid)
+        for pid in map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()):
+            if "downpour_server" in command_of(pid):
+                config = environment_of(pid)[b"DOWNPOUR_SHARD"]
+                found[f"server/{json.loads(config)['shard']}"] = pid
             else:
-                found[f"worker pid {pid}"] = int(pid)
+                found[f"worker pid {pid}"] = pid
         return found
 
     def interrupt(self) -> float:

@@ -92,10 +92,10 @@ def test_every_problem_of_the_command_line_is_told_at_once_and_nothing_is_left(b
     assert sorted(box.folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("out", ["ledger.py", "ledger.py/below"])
-def test_a_run_directory_that_cannot_be_made_is_a_usage_error(box: Box, out: str) -> None:
+@pytest.mark.parametrize(("out", "code"), [("ledger.py", 2), ("ledger.py/below", 74)])
+def test_a_run_directory_that_cannot_be_made_is_told_in_one_line(box: Box, out: str, code: int) -> None:
     ended = box.run("ledger.py", out=out)
-    assert ended.code == 2, ended.text
+    assert ended.code == code, ended.text
     assert "Traceback" not in ended.text
     assert re.search(rf"^downpour: .*{out}", ended.stderr, re.MULTILINE)
 

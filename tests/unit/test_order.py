@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ def order(of: DataLoader[Any], seed: int = 1, index: int = 0, epoch: int = 0) ->
     ]
 
 
-SHUFFLED = {
+SHUFFLED: dict[str, Callable[[], DataLoader[Any]]] = {
     "shuffle": lambda: loader(shuffle=True),
     "shuffle with a generator": lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(5)),
     "no batches": lambda: loader(shuffle=True, batch_size=None),
@@ -122,15 +122,15 @@ class _UnseedableBatches(Sampler[list[int]]):
     [lambda: loader(sampler=_Unseedable()), lambda: DataLoader(DATA, batch_sampler=_UnseedableBatches())],
     ids=["sampler", "batch sampler"],
 )
-def test_an_order_that_nobody_can_seed_is_refused_with_a_way_out(make: Any) -> None:
+def test_an_order_that_nobody_can_seed_is_refused_with_a_way_out(make: Callable[[], DataLoader[Any]]) -> None:
     with pytest.raises(ModelError, match=r"_Unseedable.*generator=torch\.Generator\(\)"):
         order(make())
 
 
 def test_asking_for_an_order_leaves_torchs_own_random_numbers_alone() -> None:
     """Dropout of a worker must not depend on how often the order was asked for."""
-    for kind in SHUFFLED:
-        mine = SHUFFLED[kind]()
+    for kind, make in SHUFFLED.items():
+        mine = make()
         torch.manual_seed(3)
         before = torch.get_rng_state()
         order(mine)

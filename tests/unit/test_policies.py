@@ -40,40 +40,49 @@ def test_every_mode_has_its_policy() -> None:
 def test_members_await_everybody_until_they_end_or_leave() -> None:
     members = Members(3)
     assert members.awaited() == [0, 1, 2]
-    assert not members.end_epoch(1)
+    members.end_epoch(1)
     assert members.awaited() == [0, 2]
-    assert not members.leave(0)
+    members.leave(0)
     assert members.awaited() == [2]
+    assert not members.turn_over()
 
 
 def test_the_last_to_end_turns_the_epoch_over() -> None:
     members = Members(2)
-    assert not members.end_epoch(1)
-    assert members.end_epoch(0)
+    members.end_epoch(1)
+    assert not members.turn_over()
+    members.end_epoch(0)
+    assert members.awaited() == [], "the gates see that nobody owes anything"
+    assert members.turn_over()
     assert members.awaited() == [0, 1], "all are awaited again"
+    assert not members.turn_over(), "once"
 
 
 def test_a_leaver_ends_the_epoch_for_those_who_wait_and_is_not_awaited_again() -> None:
     members = Members(3)
     members.end_epoch(0)
     members.end_epoch(1)
-    assert members.leave(2)
+    members.leave(2)
+    assert members.turn_over()
     assert members.awaited() == [0, 1]
 
 
 def test_leaving_alone_ends_no_epoch() -> None:
     members = Members(2)
-    assert not members.leave(0)
-    assert not members.leave(1), "nobody waits for the end of an epoch"
+    members.leave(0)
+    members.leave(1)
+    assert not members.turn_over(), "nobody waits for the end of an epoch"
     assert members.awaited() == []
 
 
 def test_one_who_ended_and_then_left_counts_once() -> None:
     members = Members(2)
     members.end_epoch(0)
-    assert not members.leave(0)
+    members.leave(0)
+    assert not members.turn_over()
     assert members.awaited() == [1]
-    assert members.end_epoch(1)
+    members.end_epoch(1)
+    assert members.turn_over()
 
 
 # ---------------------------------------------------------------- async

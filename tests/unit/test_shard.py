@@ -223,13 +223,41 @@ def test_a_chunk_of_another_shard_is_refused() -> None:
     assert refusal(d.push(0, 0, 0, bytes(16)))[0] == Refusal.MALFORMED
 
 
-@pytest.mark.parametrize("hyper", [b"\xc1", wire.pack([1]), wire.pack(3), wire.pack({"lr": "fast"})])
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        b"\xc1",
+        wire.pack([1]),
+        wire.pack(3),
+        wire.pack({"lr": "fast"}),
+        wire.pack({"lr": math.nan}),
+        wire.pack({"lr": None}),
+        wire.pack({"maximize": 3}),
+        wire.pack({"momentum": "much"}),
+    ],
+)
 def test_options_that_make_no_sense_are_refused_and_change_nothing(hyper: bytes) -> None:
     d = driver()
     assert refusal(d.push(0, 0, 0, ones(1, 0, 0, 0), hyper=hyper))[0] == Refusal.MALFORMED
     assert d.weights().tolist() == [0, 0, 0, 0]
     d.push(0, 0, 0, ones(1, 0, 0, 0))
     assert d.weights().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fields", [{"samples": -1}, {"seq": -1}])
+@pytest.mark.parametrize("fetch", [False, True])
+def test_counts_below_zero_are_refused(fields: dict[str, int], fetch: bool) -> None:
+    """The wire lets -1 through for the fields that may be -1; these may not."""
+    d = driver()
+    assert refusal(d.send(replace(d.pushed(0, 0, 0, ones(1, 0, 0, 0), fetch), **fields)))[0] == Refusal.MALFORMED
+    assert d.weights().tolist() == [0, 0, 0, 0]
+
+
+def test_frozen_tensors_are_sent_once_and_never_pushed() -> None:
+    d = ShardDriver(model(tensor("table", 2, kind="frozen")))
+    d.init(0, ones(1, 2))
+    assert refusal(d.push(0, 1, 0, ones(5, 5)))[0] == Refusal.MALFORMED
+    assert values_of(d.pull(0)) == [1, 2]
 
 
 def test_a_contribution_older_than_the_window_is_refused() -> None:

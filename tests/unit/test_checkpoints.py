@@ -1,0 +1,449 @@
+"""Checkpoints: element by element the same on any number of shards, damage named, the export equal to the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from unit_kit import ADD, ShardDriver, model, tensor
+
+from downpour_common.errors import CheckpointError
+from downpour_common.layout import Layout, ModelSpec, plan
+from downpour_common.tensorfile import TensorFile
+from downpour_coordinator import checkpoints
+from downpour_coordinator.export import export_model
+from downpour_coordinator.snapshots import CommitSnapshot, Round
+from downpour_server.restore import restore
+from downpour_server.snapshot import write
+from downpour_server.store import StoredChunk
+from downpour_server.tensors import torch_dtype
+
+Elements = dict[str, dict[str, torch.Tensor]]
+"""Tensor → what is kept of it (weights, exp_avg, …) → its elements, flat."""
+
+SPEC = model(
+    tensor("embed.weight", 11, 7, aliases=("head.weight",)),
+    tensor("a.weight", 13, 5, dtype="float64"),
+    tensor("a.bias", 13, dtype="float64", group=1),
+    tensor("h.weight", 9, 3, dtype="bfloat16"),
+    tensor("h.bias", 9, dtype="float16", group=1),
+    tensor("scale"),
+    tensor("nothing", 0, 4),
+    tensor("n.mean", 17, kind="buffer"),
+    tensor("n.count", dtype="int64", kind="buffer"),
+    tensor("n.mask", 5, dtype="bool", kind="buffer"),
+    tensor("n.phase", 3, dtype="complex64", kind="buffer"),
+    tensor("table", 6, 2, dtype="uint8", kind="frozen"),
+    rule="Adam",
+    options=({"lr": 0.01, "amsgrad": True}, {"lr": 0.02, "betas": [0.5, 0.7]}),
+)
+
+
+def values(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
+    """Some values for every tensor, flat."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for t in spec.tensors:
+        dtype = torch_dtype(t.dtype)
+        some = torch.randn(t.numel, generator=generator, dtype=torch.float64)
+        found[t.name] = some.to(dtype) if dtype.is_floating_point or dtype.is_complex else (some * 9).abs().to(dtype)
+    return found
+
+
+def part(layout: Layout, chunk: StoredChunk, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The chunk's part of values by tensor."""
+    return torch.cat([of[t.name][first : first + n] for t, first, _, n in layout.pieces_of(chunk.chunk)])
+
+
+def elements(layout: Layout, chunks: Mapping[int, StoredChunk]) -> Elements:
+    """What the chunks hold, by tensor."""
+    found: Elements = {}
+    for stored in chunks.values():
+        tensors, _ = stored.capture()
+        for name, flat in tensors.items():
+            for t, first, at, count in layout.pieces_of(stored.chunk):
+                whole = found.setdefault(t.name, {}).setdefault(name, torch.zeros(t.numel, dtype=flat.dtype))
+                whole[first : first + count] = flat[at : at + count]
+    return found
+
+
+def train(spec: ModelSpec, shards: int, chunk_bytes: int, steps: int = 3) -> list[ShardDriver]:
+    """Shards that have taken some steps with one worker."""
+    drivers = []
+    for shard in range(shards):
+        d = ShardDriver(spec, "sync", 1, shards, chunk_bytes, shard)
+        for stored in d.shard.chunks.values():
+            d.init(stored.chunk.index, part(d.layout, stored, values(spec, 0)))
+            for seq in range(steps if stored.chunk.kind == "trainable" else 0):
+                d.push(stored.chunk.index, 0, seq, part(d.layout, stored, values(spec, seq + 1)))
+        drivers.append(d)
+    return drivers
+
+
+def held(drivers: list[ShardDriver]) -> Elements:
+    """What all shards hold together."""
+    chunks = {index: stored for d in drivers for index, stored in d.shard.chunks.items()}
+    return elements(drivers[0].layout, chunks)
+
+
+def save(run: Path, drivers: list[ShardDriver], number: int = 1) -> str:
+    """Write a checkpoint of these shards as a job does; its folder."""
+    layout = drivers[0].layout
+    folder = checkpoints.folder_of(str(run), number)
+    manifest = {
+        "format": 1,
+        "clock": 3,
+        "seed": 0,
+        "shards": layout.shards,
+        "chunk_bytes": layout.chunk_bytes,
+        "model": layout.model.to_wire(),
+        "data": {"epoch": 0, "done": []},
+        "synchronous": True,
+    }
+    round_ = Round(number, folder, len(drivers), manifest)
+    outcome = None
+    for d in drivers:
+        d.carry_out(d.shard.snapshot(number, folder, -1))
+        outcome = round_.taken(_taken(d, number))
+    assert isinstance(outcome, CommitSnapshot), outcome
+    checkpoints.commit(outcome.folder, outcome.manifest)
+    return folder
+
+
+def _taken(d: ShardDriver, number: int) -> Any:
+    from downpour_common import messages as m
+
+    return m.SnapshotTaken(d.shard.identity.shard, number, "", write(d.written.pop()))
+
+
+def empty(spec: ModelSpec, shards: int, chunk_bytes: int) -> tuple[Layout, dict[int, StoredChunk]]:
+    """All chunks of a layout that hold nothing yet."""
+    layout = plan(spec, shards, chunk_bytes)
+    return layout, {
+        c.index: StoredChunk(c, spec.rule, spec.options[c.group] if c.group >= 0 else {}) for c in layout.chunks
+    }
+
+
+def assert_same(found: Elements, expected: Elements) -> None:
+    """Bit for bit."""
+    assert set(found) == set(expected)
+    for name, kept in expected.items():
+        assert set(found[name]) == set(kept), name
+        for what, flat in kept.items():
+            assert found[name][what].dtype == flat.dtype, (name, what)
+            assert torch.equal(found[name][what], flat), (name, what)
+
+
+# ---------------------------------------------------------------- restore
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((1, 1 << 20), (1, 1 << 20)),
+        ((1, 1 << 20), (3, 40)),
+        ((3, 40), (1, 1 << 20)),
+        ((2, 100), (5, 24)),
+        ((4, 16), (2, 17)),
+    ],
+)
+def test_weights_and_optimizer_state_are_the_same_on_any_layout(
+    tmp_path: Path, old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    drivers = train(SPEC, *old)
+    expected = held(drivers)
+    assert {"weights", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} == set(expected["embed.weight"])
+    folder = save(tmp_path, drivers)
+    layout, chunks = empty(SPEC, *new)
+    assert restore(folder, layout, chunks) == 3, "the clock"
+    assert_same(elements(layout, chunks), expected)
+    for stored in chunks.values():
+        assert stored.initialised
+        assert stored.version == (3 if stored.chunk.kind == "trainable" else 0)
+        if stored.chunk.kind == "trainable":
+            assert stored.capture()[1]["scalars"] == {"step": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("SGD", {"lr": 0.1, "momentum": 0.9}),
+        ("AdamW", {"lr": 0.01}),
+        ("Adagrad", {"lr": 0.1, "lr_decay": 0.1}),
+        ("RMSprop", {"lr": 0.01, "momentum": 0.5, "centered": True}),
+        ("Adamax", {"lr": 0.01}),
+        ("NAdam", {"lr": 0.01}),
+        ("RAdam", {"lr": 0.01}),
+    ],
+)
+def test_a_resumed_job_goes_on_as_if_it_had_not_stopped(tmp_path: Path, rule: str, options: dict[str, Any]) -> None:
+    """On another number of shards, and after steps that depend on the state and on the count of steps."""
+    spec = model(tensor("w", 50, dtype="float64"), tensor("v", 8, dtype="float64"), rule=rule, options=(options,))
+    folder = save(tmp_path, train(spec, 2, 64))
+    layout, chunks = empty(spec, 3, 100)
+    restore(folder, layout, chunks)
+    for d in (resumed := [ShardDriver(spec, "sync", 1, 3, 100, shard) for shard in range(3)]):
+        restore(folder, d.layout, d.shard.chunks)
+        d.shard.start_from(3)
+        for stored in d.shard.chunks.values():
+            for seq in (3, 4):
+                d.push(stored.chunk.index, 0, seq, part(d.layout, stored, values(spec, seq + 1)))
+    straight = held(train(spec, 2, 64, steps=5))
+    for name, kept in held(resumed).items():
+        for what, flat in kept.items():
+            assert torch.allclose(flat, straight[name][what], rtol=1e-12, atol=0), (name, what)
+
+
+def test_another_rule_takes_the_weights_and_leaves_the_state(tmp_path: Path) -> None:
+    drivers = train(SPEC, 2, 100)
+    folder = save(tmp_path, drivers)
+    layout, chunks = empty(replace(SPEC, rule="SGD", options=({"lr": 0.1, "momentum": 0.9},) * 2), 1, 1 << 20)
+    restore(folder, layout, chunks)
+    assert_same(elements(layout, chunks), {name: {"weights": kept["weights"]} for name, kept in held(drivers).items()})
+
+
+def test_a_model_that_lost_a_tensor_can_be_resumed(tmp_path: Path) -> None:
+    drivers = train(SPEC, 2, 100)
+    folder = save(tmp_path, drivers)
+    layout, chunks = empty(replace(SPEC, tensors=SPEC.tensors[1:]), 1, 1 << 20)
+    restore(folder, layout, chunks)
+    expected = held(drivers)
+    del expected["embed.weight"]
+    assert_same(elements(layout, chunks), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (tensor("embed.weight", 7, 11, aliases=("head.weight",)), r"holds embed\.weight .*\[11, 7\].*has.*\[7, 11\]"),
+        (tensor("embed.weight", 11, 7, dtype="float64"), r"holds embed\.weight .*float32.*has.*float64"),
+        (tensor("renamed", 11, 7), r"does not hold renamed"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_naming_the_tensor(tmp_path: Path, changed: Any, words: str) -> None:
+    folder = save(tmp_path, train(SPEC, 2, 100))
+    layout, chunks = empty(replace(SPEC, tensors=(changed, *SPEC.tensors[1:])), 2, 100)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        restore(folder, layout, chunks)
+    assert folder in str(caught.value)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def _edit(path: str, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads(Path(path).read_text())
+    change(manifest)
+    Path(path).write_text(json.dumps(manifest))
+
+
+def _flip(path: str, at: int) -> None:
+    data = bytearray(Path(path).read_bytes())
+    data[at] ^= 1
+    Path(path).write_bytes(data)
+
+
+def _rename_in_header(path: str) -> None:
+    """What was chunk 0's weights is called something else: same size, same data."""
+    data = Path(path).read_bytes()
+    assert data.count(b'"0.weights"') == 1
+    Path(path).write_bytes(data.replace(b'"0.weights"', b'"0.weighty"'))
+
+
+SHARD, MANIFEST = "shard-0.safetensors", "manifest.json"
+DAMAGE: dict[str, tuple[str, Callable[[str], object]]] = {
+    "a file is missing": (SHARD, os.unlink),
+    "a file is empty": (SHARD, lambda p: os.truncate(p, 0)),
+    "a file is cut short": (SHARD, lambda p: os.truncate(p, os.path.getsize(p) - 1)),
+    "a file is longer": (SHARD, lambda p: os.truncate(p, os.path.getsize(p) + 8)),
+    "a bit of the data is flipped": (SHARD, lambda p: _flip(p, -1)),
+    "a bit of the header's length is flipped": (SHARD, lambda p: _flip(p, 1)),
+    "a name in the header is another": (SHARD, _rename_in_header),
+    "the manifest is empty": (MANIFEST, lambda p: os.truncate(p, 0)),
+    "the manifest is cut short": (MANIFEST, lambda p: os.truncate(p, os.path.getsize(p) // 2)),
+    "the manifest is not utf-8": (MANIFEST, lambda p: Path(p).write_bytes(b"\xff\xfe")),
+    "the manifest is a list": (MANIFEST, lambda p: Path(p).write_text("[]")),
+    "the manifest lacks its files": (MANIFEST, lambda p: _edit(p, lambda d: d.pop("files"))),
+    "the manifest lacks one of its files": (MANIFEST, lambda p: _edit(p, lambda d: d["files"].pop())),
+    "the manifest lacks a chunk": (MANIFEST, lambda p: _edit(p, lambda d: d["files"][0]["chunks"].popitem())),
+    "the manifest lacks its model": (MANIFEST, lambda p: _edit(p, lambda d: d.pop("model"))),
+    "the manifest is of another format": (MANIFEST, lambda p: _edit(p, lambda d: d.update(format=2))),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints; not to be changed."""
+    run = tmp_path_factory.mktemp("run")
+    drivers = train(SPEC, 2, 100)
+    for number in (1, 2):
+        save(run, drivers, number)
+    return run
+
+
+@pytest.fixture
+def run(sound: Path, tmp_path: Path) -> Path:
+    """A run with two checkpoints."""
+    shutil.copytree(sound, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_newest_sound_checkpoint_is_found(run: Path) -> None:
+    found, skipped = checkpoints.newest(str(run))
+    assert (found.folder, skipped) == (checkpoints.folder_of(str(run), 2), [])
+    assert ModelSpec.from_wire(found.manifest["model"]) == SPEC
+
+
+def test_a_checkpoints_own_folder_may_be_given(run: Path) -> None:
+    folder = checkpoints.folder_of(str(run), 1)
+    found, skipped = checkpoints.newest(folder)
+    assert (found.folder, skipped) == (folder, [])
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_skipped_and_named(run: Path, what: str) -> None:
+    file, damage = DAMAGE[what]
+    path = os.path.join(checkpoints.folder_of(str(run), 2), file)
+    damage(path)
+    found, skipped = checkpoints.newest(str(run))
+    assert found.folder == checkpoints.folder_of(str(run), 1)
+    assert len(skipped) == 1
+    assert checkpoints.folder_of(str(run), 2) in skipped[0]
+    assert file == MANIFEST or SHARD in skipped[0], "the damaged file has a name"
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_nobody_starts_from_a_damaged_checkpoint_unnoticed(run: Path, what: str) -> None:
+    """Restored nonetheless, it is an error that names it, or its values are the right ones."""
+    folder = checkpoints.folder_of(str(run), 2)
+    layout, chunks = empty(SPEC, 1, 1 << 20)
+    restore(folder, layout, chunks)
+    expected = elements(layout, chunks)
+    file, damage = DAMAGE[what]
+    damage(os.path.join(folder, file))
+    layout, chunks = empty(SPEC, 1, 1 << 20)
+    try:
+        restore(folder, layout, chunks)
+    except CheckpointError as error:
+        named = folder in str(error)
+    else:
+        named = True
+        if "bit of the data" not in what:  # load() looks at digests, restore() does not
+            assert_same(elements(layout, chunks), expected)
+    assert named
+
+
+def test_a_checkpoint_that_was_never_committed_does_not_count(run: Path) -> None:
+    os.unlink(os.path.join(checkpoints.folder_of(str(run), 2), MANIFEST))
+    found, skipped = checkpoints.newest(str(run))
+    assert (found.folder, skipped) == (checkpoints.folder_of(str(run), 1), [])
+
+
+def test_no_usable_checkpoint_is_an_error_that_tells_why(run: Path) -> None:
+    for number in (1, 2):
+        os.unlink(os.path.join(checkpoints.folder_of(str(run), number), SHARD))
+    with pytest.raises(CheckpointError, match=r"000002.*shard-0.*000001.*shard-0"):
+        checkpoints.newest(str(run))
+
+
+@pytest.mark.parametrize("make", [lambda p: None, os.mkdir, lambda p: Path(p).write_text("a file")])
+def test_what_is_no_run_directory_is_an_error(tmp_path: Path, make: Callable[[str], object]) -> None:
+    path = str(tmp_path / "run")
+    make(path)
+    with pytest.raises(CheckpointError, match="there is no usable checkpoint"):
+        checkpoints.newest(path)
+
+
+def test_a_checkpoint_cannot_be_committed_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    with pytest.raises(CheckpointError):
+        checkpoints.commit(str(tmp_path / "f"), {})
+
+
+# ---------------------------------------------------------------- the model as a file
+
+
+def test_the_export_is_the_model_under_all_its_names(run: Path, tmp_path: Path) -> None:
+    found, _ = checkpoints.newest(str(run))
+    path = tmp_path / "model.safetensors"
+    export_model(found, str(path))
+    exported = safetensors.torch.load_file(path)
+    assert set(exported) == {name for t in SPEC.tensors for name in (t.name, *t.aliases)}
+    expected = held(train(SPEC, 2, 100))
+    for t in SPEC.tensors:
+        for name in (t.name, *t.aliases):
+            assert (exported[name].shape, exported[name].dtype) == (t.shape, torch_dtype(t.dtype))
+            if t.numel:
+                assert torch.equal(exported[name].reshape(-1), expected[t.name]["weights"]), name
+    with TensorFile(str(path)) as file:
+        assert file.metadata == {"format": "pt"}
+
+
+def test_an_untrained_model_is_exported_as_it_came(tmp_path: Path) -> None:
+    folder = save(tmp_path, train(SPEC, 3, 24, steps=0))
+    export_model(checkpoints.load(folder), str(tmp_path / "model"))
+    exported = safetensors.torch.load_file(tmp_path / "model")
+    for name, flat in values(SPEC, 0).items():
+        assert torch.equal(exported[name].reshape(-1), flat)
+
+
+@pytest.mark.parametrize("what", ["a file is missing", "a name in the header is another", "the manifest lacks a chunk"])
+def test_an_export_that_fails_is_a_checkpoint_error_and_leaves_no_file(run: Path, tmp_path: Path, what: str) -> None:
+    file, damage = DAMAGE[what]
+    folder = checkpoints.folder_of(str(run), 2)
+    damage(os.path.join(folder, file))
+    manifest = json.loads(Path(folder, MANIFEST).read_text())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError):
+        export_model(checkpoints.Checkpoint(folder, manifest), str(tmp_path / "out" / "model"))
+    assert os.listdir(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def _folders(run: Path, **kinds: str) -> None:
+    """Checkpoints by number: ``c`` committed, ``o`` open."""
+    for number, kind in kinds.items():
+        folder = Path(checkpoints.folder_of(str(run), int(number[1:])))
+        folder.mkdir(parents=True)
+        (folder / SHARD).write_text("data")
+        if kind == "c":
+            (folder / MANIFEST).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, [6, 7]), (2, [4, 5, 6, 7]), (3, [3, 4, 5, 6, 7]), (9, [2, 3, 4, 5, 6, 7])],
+)
+def test_pruning_keeps_the_newest_committed_and_what_is_being_written(
+    tmp_path: Path, keep: int, kept: list[int]
+) -> None:
+    _folders(tmp_path, n1="o", n2="c", n3="c", n4="c", n5="o", n6="c", n7="o")
+    checkpoints.prune(str(tmp_path), keep)
+    assert checkpoints.numbers(str(tmp_path)) == kept
+
+
+def test_pruning_touches_nothing_before_the_first_commit_and_nothing_else(tmp_path: Path) -> None:
+    _folders(tmp_path, n1="o", n2="o")
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    checkpoints.prune(str(tmp_path), 1)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["000001", "000002", "notes.txt"]
+    checkpoints.prune(str(tmp_path / "missing"), 1)
+
+
+def test_a_run_of_plain_sgd_has_no_state_to_keep(tmp_path: Path) -> None:
+    spec = model(tensor("w", 10), options=ADD)
+    drivers = train(spec, 2, 8)
+    layout, chunks = empty(spec, 1, 1 << 20)
+    restore(save(tmp_path, drivers), layout, chunks)
+    assert_same(elements(layout, chunks), held(drivers))
+    assert set(held(drivers)["w"]) == {"weights"}
