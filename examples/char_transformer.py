@@ -139,6 +139,7 @@ def main() -> None:
     if downpour.is_chief():
         downpour.pull()
         nats = validate(model, validation)
+        downpour.log(validation_loss=nats)
         print(f"final validation loss {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char")
 
 

@@ -82,15 +82,13 @@ def main() -> None:
         for step, batch in enumerate(loader):
             images, labels = (tensor.to(device) for tensor in batch)
             optimizer.zero_grad()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
 
             losses.append(loss.item())
             if step % args.log_every == 0:
-                correct = (logits.argmax(dim=1) == labels).float().mean().item()
-                downpour.log(loss=losses[-1], accuracy=correct)
+                downpour.log(loss=losses[-1])
         scheduler.step()
 
         if downpour.is_chief():
@@ -102,6 +100,7 @@ def main() -> None:
     if downpour.is_chief():
         downpour.pull()
         accuracy = digits_data.accuracy(model, digits.test_images, digits.test_labels, device)
+        downpour.log(test_accuracy=accuracy)
         print(f"final test accuracy {accuracy:.4f}")
 
 

@@ -97,6 +97,7 @@ def main() -> None:
 
     if downpour.is_chief():
         downpour.pull()
+        downpour.log(test_rmse=test_rmse())
         of_mean = rmse(y_mean.expand_as(test_y), test_y)
         print(f"final test RMSE {test_rmse():.2f}  (predicting the mean: {of_mean:.2f})")
 

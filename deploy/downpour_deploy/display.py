@@ -130,12 +130,12 @@ def _table(outcome: Outcome) -> Table:
     state = Text(outcome.state, "green" if outcome.state == "SUCCEEDED" else "red")
     table.add_row("job", Text.assemble(outcome.job, "  ", state))
     for name, value in outcome.metrics.items():
-        table.add_row(f"last {name}", f"{value:.5g}")
+        table.add_row(name.replace("_", " "), f"{value:.5g} (last logged)")
     if outcome.steps:
         table.add_row("steps", f"{outcome.steps:,} per worker at most, {outcome.samples:,} samples")
         rate = f"{outcome.samples_per_s:,.0f} samples/s" if outcome.samples else f"{outcome.steps_per_s:,.1f} steps/s"
         rate += f" over {outcome.train_s:.1f} s"
-        table.add_row("throughput", f"{rate}; workers waited {outcome.wait_share:.0%} of it for the servers")
+        table.add_row("throughput", f"{rate}, {outcome.wait_share:.0%} of it waiting")
         table.add_row(
             "moved",
             f"{outcome.bytes_moved / 1e6:,.1f} MB in {outcome.pushes:,} pushes, {outcome.pulls:,} pulls",

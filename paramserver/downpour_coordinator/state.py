@@ -15,7 +15,6 @@ from downpour_common.transport import Peer
 from downpour_coordinator.leases import PassLedger, Span, merge
 from downpour_coordinator.snapshots import CommitSnapshot, Round, SnapshotFailed
 
-
 LARGEST_MARGIN = 4096
 """Clocks that a synchronous snapshot is put ahead of the shards' last report at most."""
 

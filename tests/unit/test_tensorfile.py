@@ -70,7 +70,7 @@ def test_numpy_alone_reads_what_we_write(tmp_path: Path) -> None:
 
 def test_the_metadata_is_where_others_look_for_it(tmp_path: Path) -> None:
     write(tmp_path / "f", {"w": example("int8", 1)}, {"format": "pt"})
-    with safetensors.safe_open(tmp_path / "f", framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safetensors.safe_open(tmp_path / "f", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     with TensorFile(str(tmp_path / "f")) as ours:
         assert ours.metadata == {"format": "pt"}
