@@ -30,6 +30,10 @@ class Counters:
 
     clock: int
     samples: int = 0
+    pushes: int = 0
+    """of gradients, each of all chunks"""
+    pulls: int = 0
+    """of trainable weights, each of all chunks; the first weights at the start not counted"""
     wait_s: float = 0.0
 
 
@@ -96,6 +100,7 @@ class Engine:
     def pull(self) -> None:
         """Fetch the newest weights now."""
         started_s = time.perf_counter()
+        self.counters.pulls += 1
         ticket = self._client.start_pull(self._first_needed_first)
         self._place(ticket, len(self._chunks))
         self.counters.wait_s += time.perf_counter() - started_s
@@ -124,6 +129,8 @@ class Engine:
     def _push_pull(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
         header = self._header()
+        self.counters.pushes += 1
+        self.counters.pulls += 1
         ticket = self._client.begin_push_pull(len(self._chunks))
         for chunk in self._staging.outgoing(self._chunks, source):
             self._client.add_push_pull(chunk, header, ticket)
@@ -132,6 +139,7 @@ class Engine:
 
     def _push(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
+        self.counters.pushes += 1
         chunks = list(self._staging.outgoing(self._chunks, source))
         try:
             self._client.push(chunks, self._header())

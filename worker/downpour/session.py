@@ -18,7 +18,7 @@ from downpour.client.parameters import ParameterClient
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour.data.loader import PreparedLoader
-from downpour.engine import Engine
+from downpour.engine import Counters, Engine
 from downpour.exchange import StateExchange
 from downpour.files import save_state_dict
 from downpour.model import Described, describe
@@ -265,18 +265,18 @@ class Session:
             return
         self._reported_s = now_s
         traffic = self._client.traffic
-        counters = self._engine.counters if self._engine else None
+        counters = self._engine.counters if self._engine else Counters(0)
         self._thread.tell(
             self.context.coordinator,
             m.Progress(
                 self.slot,
                 self.clock,
                 self.epoch,
-                counters.samples if counters else 0,
-                traffic.pushes,
-                traffic.pulls,
+                counters.samples,
+                counters.pushes,
+                counters.pulls,
                 traffic.bytes_sent,
                 traffic.bytes_received,
-                counters.wait_s if counters else 0.0,
+                counters.wait_s,
             ),
         )

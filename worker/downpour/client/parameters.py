@@ -30,10 +30,8 @@ class Memory(Protocol):
 
 @dataclass(slots=True)
 class Traffic:
-    """What this worker has moved. Pushes and pulls count operations, not chunks."""
+    """Payload bytes that this worker has moved."""
 
-    pushes: int = 0
-    pulls: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -135,7 +133,6 @@ class ParameterClient:
                 for chunk in chunks
             ]
         )
-        self.traffic.pulls += 1
         return ticket
 
     def push(self, chunks: Iterable[Chunk], header: PushHeader) -> None:
@@ -143,13 +140,10 @@ class ParameterClient:
         chunks = list(chunks)
         ticket = Ticket(len(chunks))
         self._thread.submit([self._push(m.Push, chunk, header, ticket) for chunk in chunks])
-        self.traffic.pushes += 1
         ticket.wait()
 
     def begin_push_pull(self, count: int) -> Ticket:
         """A ticket for ``count`` chunks that are pushed and fetched one by one with :meth:`add_push_pull`."""
-        self.traffic.pushes += 1
-        self.traffic.pulls += 1
         return Ticket(count, self._take_weights)
 
     def add_push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> None:
