@@ -210,6 +210,8 @@ def test_closures_are_refused() -> None:
         (lambda m: SGD([nn.Parameter(torch.ones(2))], lr=0.1), "that the model given to prepare does not have"),
         (lambda m: SGD(m.requires_grad_(False).parameters(), lr=0.1), "nothing to train"),
         (lambda m: SGD(m.parameters(), lr=0.1, differentiable=True), "differentiable"),
+        (lambda m: stepped(SGD(m.parameters(), lr=0.1, momentum=0.9)), "has state already"),
+        (lambda m: stepped(Adam(m.parameters())), "has state already"),
     ],
 )
 def test_optimizers_that_cannot_work(make: Callable[[nn.Module], torch.optim.Optimizer], match: str) -> None:
@@ -218,6 +220,24 @@ def test_optimizers_that_cannot_work(make: Callable[[nn.Module], torch.optim.Opt
         session.prepare(model, make(model), [])
 
     refused(body, ModelError, match)
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_groups_cannot_be_added_later() -> None:
+    def body(session: Session) -> None:
+        model = nn.Linear(2, 1)
+        optimizer = SGD([model.weight], lr=0.1)
+        session.prepare(model, optimizer, [])
+        optimizer.add_param_group({"params": [model.bias]})
+
+    refused(body, ModelError, "add them before")
 
 
 def test_sparse_gradients_and_moved_models_are_refused() -> None:

@@ -358,6 +358,16 @@ def test_a_barrier_does_not_wait_for_those_who_left() -> None:
     assert job.answer(again := _enter(job, 0, "barrier 2")) == m.Ack(again, 0), "nobody else is left"
 
 
+def test_one_who_came_and_then_left_does_not_stand_in_for_another() -> None:
+    job = Job(3).start()
+    _enter(job, 0)
+    job.carry_out(_gone(job, 0))
+    entered = _enter(job, 1)
+    assert job.answer(entered) is None, "worker 2 has not come"
+    _enter(job, 2)
+    assert job.answer(entered) == m.Ack(entered, 0)
+
+
 def test_barriers_of_different_names_are_apart() -> None:
     job = Job(2).start()
     first, second = _enter(job, 0, "barrier 1"), _enter(job, 1, "barrier 2")

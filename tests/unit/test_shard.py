@@ -423,7 +423,7 @@ def test_buffers_are_the_mean_of_what_each_worker_said_last() -> None:
     d.init_all()
     mean, count = sorted((c.index for c in d.chunks), key=lambda i: d.layout.chunks[i].dtype == "int64")
     for slot, seq, value in ((0, 0, 6.0), (1, 0, 2.0), (0, 1, 4.0)):
-        d.push(mean, slot, seq, ones(value, -value))
+        d.push(mean, slot, seq, ones(value, -value), samples=int(value))
         d.push(count, slot, seq, torch.tensor([int(value) + slot]))
     assert d.weights(mean).tolist() == [3, -3]
     assert d.weights(count).tolist() == [4], "integers are the lowest slot's"
@@ -728,6 +728,18 @@ def test_weights_are_copied_once_for_many_readers_and_not_at_all_without() -> No
     d.push(0, 1, 3, ones(1, 1, 1, 1))
     assert stored.weights.data_ptr() == moved
     assert {bytes(view) for view in kept} == {bytes(ones(2, 2, 2, 2).numpy().tobytes())}
+
+
+def test_a_slow_reader_is_not_forgotten_when_a_fast_one_has_finished() -> None:
+    d = driver()
+    slow, fast = FakeSent(), FakeSent()
+    for sent in (slow, fast):
+        d.sent = sent
+        d.pull(0)
+    view = next(iter(d.views.values()))
+    fast.done = True
+    d.push(0, 1, 0, ones(1, 1, 1, 1))
+    assert bytes(view) == bytes(16), "the slow one still reads the old memory"
 
 
 def test_the_rules_state_follows_weights_that_were_copied() -> None:

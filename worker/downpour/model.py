@@ -93,6 +93,11 @@ def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ModelError("an optimizer with differentiable=True cannot be distributed: the update runs elsewhere")
+    if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state):
+        raise ModelError(
+            "the optimizer has state already (steps taken, or load_state_dict), which the servers do not take over; "
+            "give prepare a fresh optimizer, and go on from an earlier run with downpour run --resume DIR"
+        )
     return cls.__name__, {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 

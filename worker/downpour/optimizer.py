@@ -46,8 +46,15 @@ def adopt(optimizer: torch.optim.Optimizer, stepper: Stepper) -> None:
     def zero_grad(self: Any, set_to_none: bool = True) -> None:  # noqa: ARG001
         stepper.zero_gradients()
 
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:  # noqa: ARG001
+        raise ModelError(
+            "add_param_group after downpour.prepare: the servers hold the groups they got; add them before"
+        )
+
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    adopted = type(original.__name__, (original,), {"step": step, "zero_grad": zero_grad})
+    adopted = type(
+        original.__name__, (original,), {"step": step, "zero_grad": zero_grad, "add_param_group": add_param_group}
+    )
     optimizer.__dict__.pop("step", None)  # a scheduler's wrapper around the original
     optimizer.__class__ = adopted
     optimizer._patch_step_function()  # step hooks and the profiler's name, as __init__ does
