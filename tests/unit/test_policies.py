@@ -83,6 +83,9 @@ def test_one_who_ended_and_then_left_counts_once() -> None:
     assert members.awaited() == [1]
     members.end_epoch(1)
     assert members.turn_over()
+    members.end_epoch(1)
+    members.leave(1)
+    assert not members.turn_over(), "nobody is left to wait for the end"
 
 
 # ---------------------------------------------------------------- async

@@ -429,6 +429,14 @@ def test_buffers_are_the_mean_of_what_each_worker_said_last() -> None:
     assert d.weights(count).tolist() == [4], "integers are the lowest slot's"
 
 
+def test_buffers_of_a_round_are_averaged_by_workers_not_by_samples() -> None:
+    d = ShardDriver(model(tensor("mean", 1, kind="buffer")), "sync", 2)
+    d.init_all()
+    for slot, samples in ((0, 9), (1, 1)):
+        d.push(0, slot, 0, ones(float(slot)), samples=samples)
+    assert d.weights().tolist() == [0.5]
+
+
 # ---------------------------------------------------------------- ends of epochs
 
 

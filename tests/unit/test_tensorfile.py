@@ -252,3 +252,23 @@ def test_a_write_is_seen_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomically(str(path), look)
     assert path.read_bytes() == b"new"
     assert _left(tmp_path) == ["f"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_the_name_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")).partition(".tmp")[0])
+        fsync(descriptor)
+
+    def noted_rename(source: str, target: str) -> None:
+        calls.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    write_atomically(str(tmp_path / "f"), lambda file: file.write(b"data"))
+    assert calls == ["fsync f", "rename", f"fsync {tmp_path.name}"]

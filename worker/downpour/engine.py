@@ -132,15 +132,15 @@ class Engine:
         self.counters.pushes += 1
         self.counters.pulls += 1
         ticket = self._client.begin_push_pull(len(self._chunks))
-        for chunk in self._staging.outgoing(self._chunks, source):
-            self._client.add_push_pull(chunk, header, ticket)
+        for ready in self._staging.outgoing(self._chunks, source):
+            self._client.add_push_pull(ready, header, ticket)
         self._place(ticket, len(self._chunks))
         self.counters.wait_s += time.perf_counter() - started_s
 
     def _push(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
         self.counters.pushes += 1
-        chunks = list(self._staging.outgoing(self._chunks, source))
+        chunks = [chunk for ready in self._staging.outgoing(self._chunks, source) for chunk in ready]
         try:
             self._client.push(chunks, self._header())
         except NonFiniteContribution as error:

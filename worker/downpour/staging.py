@@ -38,8 +38,8 @@ class Staging(Protocol):
     def lend(self, flats: Mapping[int, torch.Tensor]) -> None:
         """Use these flat tensors as host memory for segments that are not trainable."""
 
-    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[Chunk]:
-        """Chunks in order, each once its part of ``source`` is in :meth:`gradient`'s memory."""
+    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[list[Chunk]]:
+        """Chunks in order, as many at a time as have their part of ``source`` in :meth:`gradient`'s memory."""
 
     def weights_out(self, chunks: Iterable[Chunk]) -> None:
         """Bring the weights of trainable chunks to the host."""
@@ -74,10 +74,10 @@ class HostStaging:
         self._weights.update(flats)
         self._sources.update(flats)
 
-    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[Chunk]:
+    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[list[Chunk]]:
         """See :class:`Staging`."""
         self._sources.update(source)
-        yield from chunks
+        yield list(chunks)
 
     def weights_out(self, chunks: Iterable[Chunk]) -> None:
         """See :class:`Staging`."""
@@ -113,7 +113,7 @@ class CudaStaging:
         self._weights.update(flats)
         self._sources.update(flats)
 
-    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[Chunk]:
+    def outgoing(self, chunks: Iterable[Chunk], source: Mapping[int, torch.Tensor]) -> Iterator[list[Chunk]]:
         """See :class:`Staging`."""
         self._stream.wait_stream(torch.cuda.current_stream(self._space.device))
         copied: list[tuple[Chunk, torch.cuda.Event]] = []
@@ -126,7 +126,7 @@ class CudaStaging:
                 copied.append((chunk, event))
         for chunk, event in copied:
             event.synchronize()
-            yield chunk
+            yield [chunk]
 
     def weights_out(self, chunks: Iterable[Chunk]) -> None:
         """See :class:`Staging`."""

@@ -143,12 +143,12 @@ class ParameterClient:
         ticket.wait()
 
     def begin_push_pull(self, count: int) -> Ticket:
-        """A ticket for ``count`` chunks that are pushed and fetched one by one with :meth:`add_push_pull`."""
+        """A ticket for ``count`` chunks that are pushed and fetched with :meth:`add_push_pull`, some at a time."""
         return Ticket(count, self._take_weights)
 
-    def add_push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> None:
-        """Send one chunk's contribution; its new weights come with the answer."""
-        self._thread.submit([self._push(m.PushPull, chunk, header, ticket)])
+    def add_push_pull(self, chunks: Iterable[Chunk], header: PushHeader, ticket: Ticket) -> None:
+        """Send chunks' contributions; their new weights come with the answers."""
+        self._thread.submit([self._push(m.PushPull, chunk, header, ticket) for chunk in chunks])
 
     def end_epoch(self) -> None:
         """No more contributions until every live worker says the same; returns then."""
