@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class Outcome:
             "wait_share": round(self.wait_share, 4),
             "staleness": self.staleness,
             "clock_gap_max": self.clock_gap_max,
-            "metrics": self.metrics,
+            "metrics": {k: v if math.isfinite(v) else None for k, v in self.metrics.items()},
             "out": self.out,
             "model": self.model,
             "warnings": self.warnings,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from downpour_common.errors import DownpourError
 from downpour_common.transport import ServerTransport
@@ -59,7 +60,7 @@ class CoordinatorService:
 
     def _log(self, effect: LogRow) -> None:
         try:
-            self._metrics.write(json.dumps(effect.row) + "\n")
+            self._metrics.write(json.dumps(_plain(effect.row), allow_nan=False) + "\n")
         except OSError as error:
             if not self.problems:  # a full disk does not stop the training
                 self.problems.append(f"metrics were lost: {error.strerror or error}")
@@ -71,3 +72,8 @@ class CoordinatorService:
             self._on_snapshot(effect.number, str(error))
         else:
             self._on_snapshot(effect.number, "")
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity; they become strings."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

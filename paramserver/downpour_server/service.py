@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from downpour_common import messages as m
-from downpour_common.errors import DownpourError, PeerTimeout
+from downpour_common.errors import ConfigError, DownpourError, PeerTimeout, ProtocolError
 from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
 from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
 from downpour_server.restore import restore
+from downpour_server.rules import RULES
 from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot, write
 
@@ -96,8 +97,14 @@ class ShardService:
 
     def _take_data(self) -> None:
         for peer, message in self._data.poll(IDLE_S):
-            if self._shard is not None:
-                self._carry_out(self._shard.handle(peer, message, self._clock()))
+            if self._shard is None:
+                continue
+            try:
+                effects = self._shard.handle(peer, message, self._clock())
+            except ProtocolError:
+                self._data.malformed += 1
+            else:
+                self._carry_out(effects)
 
     def _take_control(self) -> None:
         for _, message in self._control.poll(0):
@@ -118,7 +125,10 @@ class ShardService:
             return
         error = ""
         try:
-            layout = plan(ModelSpec.from_wire(message.model), config.shards, config.chunk_bytes)
+            model = ModelSpec.from_wire(message.model)
+            if model.rule and model.rule not in RULES:
+                raise ConfigError(f"no update rule is called {model.rule!r}; known: {', '.join(RULES)}")
+            layout = plan(model, config.shards, config.chunk_bytes)
             identity = Identity(config.job, config.shard, config.shard_epoch)
             shard = Shard(identity, layout, parse_mode(config.mode), config.workers, config.timeout_s)
             if message.resume:

@@ -146,7 +146,7 @@ class Shard:
         effects: list[Effect] = []
         if self._capture is not None:
             effects.append(self._capture.failed("another snapshot began before it was complete"))
-        capture = Capture(snapshot, folder, at_clock, self.identity, self.chunks)
+        capture = Capture(snapshot, folder, at_clock, self.identity.shard, self.chunks)
         if not all(stored.initialised for stored in self.chunks.values()):
             return [*effects, capture.failed("the first weights are not there yet")]
         self._capture = capture
@@ -192,6 +192,8 @@ class Shard:
         epoch, name = self.identity.shard_epoch, f"contribution {push.seq} of worker/{push.slot}"
         if push.shard_epoch != epoch:
             return Refusal.STALE_EPOCH, f"{name} is meant for epoch {push.shard_epoch} of this shard, not {epoch}"
+        if push.seq < 0 or push.samples < 0 or stored.chunk.kind == "frozen":
+            return Refusal.MALFORMED, f"{name} to {stored.chunk.kind} chunk {push.chunk} makes no sense"
         if seen is Seen.TOO_OLD:
             return Refusal.STALE_SEQ, f"{name} is older than the window of repeats"
         if seen is Seen.REPEAT:

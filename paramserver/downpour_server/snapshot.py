@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from downpour_common.tensorfile import TensorHead, write_tensors
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import as_bytes
-
-if TYPE_CHECKING:
-    from downpour_server.shard import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class Capture:
     snapshot: int
     folder: str
     at_clock: int
-    identity: Identity
+    shard: int
     chunks: Mapping[int, StoredChunk]
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _rows: dict[str, Any] = field(default_factory=dict)
@@ -74,11 +71,11 @@ class Capture:
             "trainable_versions": sorted(versions),
             "position": list(self._position),
         }
-        return WriteSnapshot(self.snapshot, self.folder, self.identity.shard, self._tensors, document)
+        return WriteSnapshot(self.snapshot, self.folder, self.shard, self._tensors, document)
 
     def failed(self, error: str) -> WriteSnapshot:
         """The snapshot that is not to be."""
-        return WriteSnapshot(self.snapshot, self.folder, self.identity.shard, {}, {}, error)
+        return WriteSnapshot(self.snapshot, self.folder, self.shard, {}, {}, error)
 
     def _take(self, stored: StoredChunk) -> None:
         tensors, row = stored.capture()

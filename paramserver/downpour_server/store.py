@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,4 +133,4 @@ def _same_kind(known: Any, value: Any) -> bool:
         return isinstance(value, list) and len(value) == len(known) and all(map(_same_kind, known, value))
     if isinstance(known, bool) or not isinstance(known, (int, float)):
         return type(value) is type(known)
-    return type(value) in (int, float)
+    return type(value) in (int, float) and math.isfinite(value)

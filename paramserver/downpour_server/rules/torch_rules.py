@@ -16,13 +16,15 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAd
 
 from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
 
-_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_FULL = frozenset({torch.float32, torch.float64})
+_FULL_AND_HALF = _FULL | {torch.float16, torch.bfloat16}
+_NEVER: frozenset[torch.dtype] = frozenset()
 
 
 class TorchRule:
     """A :class:`downpour_server.rules.Rule` around one torch optimizer class."""
 
-    def __init__(self, optimizer: type[Optimizer], fused: bool, options: Mapping[str, Any]) -> None:
+    def __init__(self, optimizer: type[Optimizer], fused: frozenset[torch.dtype], options: Mapping[str, Any]) -> None:
         self._class = optimizer
         self._step = inspect.unwrap(optimizer.step)  # without hooks and profiling, which cost more than small updates
         self._fused = fused
@@ -34,7 +36,7 @@ class TorchRule:
         if self._weights is None or self._optimizer is None:
             self._weights = torch.nn.Parameter(weights)
             options = dict(self._options)
-            if self._fused and weights.dtype in _FUSED_DTYPES:
+            if weights.dtype in self._fused:
                 options["fused"] = True
             # Options that __init__ does not take (initial_lr of a scheduler) are set on the group afterwards.
             self._optimizer = self._class([self._weights], **_accepted(self._class, options))
@@ -92,11 +94,12 @@ def _accepted(optimizer: type[Optimizer], options: Mapping[str, Any]) -> dict[st
     return {name: value for name, value in options.items() if name in known}
 
 
-sgd = partial(TorchRule, SGD, True)
-adam = partial(TorchRule, Adam, True)
-adamw = partial(TorchRule, AdamW, True)
-adagrad = partial(TorchRule, Adagrad, True)
-rmsprop = partial(TorchRule, RMSprop, False)
-adamax = partial(TorchRule, Adamax, False)
-nadam = partial(TorchRule, NAdam, False)
-radam = partial(TorchRule, RAdam, False)
+# torch's fused SGD on CPUs leaves most half-precision weights unchanged (pytorch issue 191763, seen in 2.12 and 2.13).
+sgd = partial(TorchRule, SGD, _FULL)
+adam = partial(TorchRule, Adam, _FULL_AND_HALF)
+adamw = partial(TorchRule, AdamW, _FULL_AND_HALF)
+adagrad = partial(TorchRule, Adagrad, _FULL_AND_HALF)
+rmsprop = partial(TorchRule, RMSprop, _NEVER)
+adamax = partial(TorchRule, Adamax, _NEVER)
+nadam = partial(TorchRule, NAdam, _NEVER)
+radam = partial(TorchRule, RAdam, _NEVER)
