@@ -10,23 +10,21 @@ import sys
 from pathlib import Path
 
 from bench_lib.contender import Entry, Spec
-from bench_lib.contenders import registry, unavailable
+from bench_lib.contenders import registry
 
 
 def main(arguments: list[str] | None = None) -> int:
     entries = registry()
     options = _parse(arguments, [entry.name for entry in entries])
-    skipped = unavailable()
     if options.list:
-        _list(entries, skipped)
+        _list(entries)
         return 0
     if options.only:
         entries = [entry for entry in entries if entry.name in options.only]
-        skipped = {name: reason for name, reason in skipped.items() if name in options.only}
-    return _measure([entry for entry in entries if entry.name not in skipped], skipped, options)
+    return _measure(entries, options)
 
 
-def _measure(entries: list[Entry], skipped: dict[str, str], options: argparse.Namespace) -> int:
+def _measure(entries: list[Entry], options: argparse.Namespace) -> int:
     from bench_lib import machine
 
     machine.use_one_thread()  # before anything heavy is imported, here or in a child
@@ -35,10 +33,6 @@ def _measure(entries: list[Entry], skipped: dict[str, str], options: argparse.Na
     from bench_lib.runner import Runner
 
     report = Report()
-    for name, reason in skipped.items():
-        report.say(f"{name} is skipped: {reason}")
-    if not entries:
-        return 1
     spec = Spec.of_mb(options.mb)
     facts = machine.look()
     try:
@@ -47,7 +41,7 @@ def _measure(entries: list[Entry], skipped: dict[str, str], options: argparse.Na
         report.say("interrupted; everything that was started has ended")
         return 130
     settings = results.Settings(spec.payload_bytes, options.runs, options.warmup)
-    found = results.conclude(entries, settings, facts, outcome, skipped)
+    found = results.conclude(entries, settings, facts, outcome)
     report.show(found)
     if options.json is not None:
         results.write_json(found, options.json)
@@ -68,10 +62,9 @@ def _parse(arguments: list[str] | None, names: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _list(entries: list[Entry], skipped: dict[str, str]) -> None:
+def _list(entries: list[Entry]) -> None:
     for entry in entries:
-        note = f"  (skipped: {skipped[entry.name]})" if entry.name in skipped else ""
-        print(f"{entry.name:<16}{entry.group:<7}counts {entry.counted_what}{note}")
+        print(f"{entry.name:<16}{entry.group:<7}counts {entry.counted_what}")
 
 
 def _at_least_one(text: str) -> int:

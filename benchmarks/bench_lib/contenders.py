@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 from bench_lib.contender import Contender, Entry, Spec
 
-OURS = "downpour"
-OURS_MODULE = "bench_lib.ours"
 REFERENCE = "zmq-ipc"  # what goodputs are compared with
 
 COPY = "1x copy"
@@ -30,15 +25,9 @@ def registry() -> list[Entry]:
         Entry("adam-fused", "limit", 1, STEP, _adam),
         Entry("torch-rpc-ps", "peer", 2, PUSH_PULL, _torch_rpc),
         Entry("gloo-allreduce", "peer", 2, ALL_REDUCE, _gloo),
-        Entry(OURS, "ours", 2, PUSH_PULL, _ours),
+        Entry("downpour", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, shared=True)),
+        Entry("downpour-ipc", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, shared=False)),
     ]
-
-
-def unavailable() -> dict[str, str]:
-    """Contenders of the registry that cannot run from this checkout, with the reason."""
-    if importlib.util.find_spec(OURS_MODULE) is None:
-        return {OURS: "bench_lib/ours.py does not exist yet"}
-    return {}
 
 
 def _memcpy(name: str, spec: Spec, copies: int) -> Contender:
@@ -83,7 +72,7 @@ def _gloo(name: str, spec: Spec) -> Contender:
     return GlooContender(name, spec)
 
 
-def _ours(name: str, spec: Spec) -> Contender:
-    """By name, because this file type-checks and runs before that one exists."""
-    contender: Contender = importlib.import_module(OURS_MODULE).DownpourContender(name, spec)
-    return contender
+def _ours(name: str, spec: Spec, shared: bool) -> Contender:
+    from bench_lib.ours import DownpourContender
+
+    return DownpourContender(name, spec, shared=shared)

@@ -37,11 +37,15 @@ LR = 1e-3
 
 
 class DownpourContender:
-    """Three processes: coordinator, shard, worker; over ``ipc://`` as ``downpour run`` does."""
+    """Three processes: coordinator, shard, worker; over ``ipc://`` as ``downpour run`` does.
 
-    def __init__(self, name: str, spec: Spec) -> None:
+    With ``shared``, gradient and weights lie in memory that both map, and only headers are sent.
+    """
+
+    def __init__(self, name: str, spec: Spec, *, shared: bool) -> None:
         self.name = name
         self._spec = spec
+        self._shared = shared
         self._crew = Crew(name, spec.timeout_s)
         self._folder = tempfile.TemporaryDirectory(prefix="downpour-bench-")
 
@@ -49,7 +53,7 @@ class DownpourContender:
         folder, timeout_s = self._folder.name, self._spec.timeout_s
         self._crew.spawn("coordinator", coordinator, folder)
         self._crew.spawn("shard", shard, folder, timeout_s)
-        self._crew.spawn("worker", worker, folder, self._spec.floats, timeout_s)
+        self._crew.spawn("worker", worker, folder, self._spec.floats, timeout_s, self._shared)
         self._crew.await_ready()
 
     def run_once(self) -> float:
@@ -123,7 +127,7 @@ def shard(_tell: Tell, folder: str, timeout_s: float) -> Iterator[RunOnce]:
 
 
 @contextmanager
-def worker(_tell: Tell, folder: str, floats: int, timeout_s: float) -> Iterator[RunOnce]:
+def worker(_tell: Tell, folder: str, floats: int, timeout_s: float, shared: bool) -> Iterator[RunOnce]:
     """A replica whose model is one vector, and whose gradient is always one."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -142,6 +146,7 @@ def worker(_tell: Tell, folder: str, floats: int, timeout_s: float) -> Iterator[
         n_fetch=1,
         chunk_bytes=CHUNK_BYTES,
         window_bytes=16 << 20,
+        shared_memory=shared,
         timeout_s=timeout_s,
         start_timeout_s=timeout_s,
     )

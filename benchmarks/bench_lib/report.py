@@ -30,8 +30,6 @@ class Report:
         self._console.print(f"Processor used while all were idle: {results.idle_load:.2f} cores.")
         if results.idle_load > IDLE_LIMIT:
             self._warn("Idle contenders are not idle: the times above are disturbed.")
-        for name, reason in results.skipped.items():
-            self._warn(f"{name} was skipped: {reason}")
         for name, reason in results.failed.items():
             self._warn(f"{name} failed: {reason.splitlines()[0]}")  # all of it was said when it happened
 

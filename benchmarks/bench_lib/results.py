@@ -53,12 +53,9 @@ class Results:
     goodput_ratios: dict[str, dict[str, float]]  # [a][b]: a's goodput over b's
     idle_load: float  # cores used by idle contenders, all together
     failed: dict[str, str]
-    skipped: dict[str, str]
 
 
-def conclude(
-    entries: list[Entry], settings: Settings, machine: Machine, outcome: Outcome, skipped: dict[str, str]
-) -> Results:
+def conclude(entries: list[Entry], settings: Settings, machine: Machine, outcome: Outcome) -> Results:
     samples_s = outcome.samples_s
     results = [
         _result(entry, settings.payload_bytes, samples_s[entry.name]) for entry in entries if entry.name in samples_s
@@ -72,7 +69,6 @@ def conclude(
         goodput_ratios={a: {b: goodputs[a] / goodputs[b] for b in goodputs} for a in goodputs},
         idle_load=outcome.idle_load,
         failed=outcome.failed,
-        skipped=skipped,
     )
 
 

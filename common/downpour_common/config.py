@@ -28,6 +28,7 @@ class Settings(BaseModel):
         "average", description="whose BatchNorm statistics count: the workers' mean, worker 0's, each its own"
     )
     transport: Literal["ipc", "tcp"] = Field("ipc", description="ipc: private sockets; tcp: loopback")
+    shared_memory: bool = Field(True, description="ipc: gradients and weights in shared memory where possible")
     port: int = Field(0, ge=0, le=65535, description="tcp: the coordinator's port, 0 for a free one")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a push, pull, round or barrier")
     start_timeout_s: float = Field(300.0, gt=0, description="deadline for all processes to have joined")

@@ -210,6 +210,65 @@ class Layout:
                 yield self.model.tensors[piece.tensor], low - piece.start, low - chunk.start, high - low
 
 
+SHARED_ALIGN = 64
+NONCE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """Where a worker's trainable segments lie in the memory that it shares with the shards of its host.
+
+    First the weights of each, then the gradients of each, every one at a multiple of ``SHARED_ALIGN`` bytes, then a
+    nonce by which both sides know that they look at the same memory.
+    """
+
+    layout: Layout
+
+    @cached_property
+    def _offsets(self) -> tuple[dict[int, int], dict[int, int], int]:
+        at, areas = 0, []
+        for _ in range(2):
+            area: dict[int, int] = {}
+            for segment in self.layout.segments:
+                if segment.kind == "trainable":
+                    area[segment.index] = at
+                    at += segment.numel * itemsize(segment.dtype)
+                    at += -at % SHARED_ALIGN
+            areas.append(area)
+        return areas[0], areas[1], at
+
+    @property
+    def nonce_at(self) -> int:
+        """Offset of the nonce in bytes."""
+        return self._offsets[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return self.nonce_at + NONCE_BYTES
+
+    def weights_at(self, segment: int) -> int:
+        """Offset of a segment's weights in bytes."""
+        return self._offsets[0][segment]
+
+    def gradients_at(self, segment: int) -> int:
+        """Offset of a segment's gradients in bytes."""
+        return self._offsets[1][segment]
+
+    def weights(self, chunk: Chunk) -> slice:
+        """The bytes of a chunk's weights."""
+        return _within(self.weights_at(chunk.segment), chunk)
+
+    def gradient(self, chunk: Chunk) -> slice:
+        """The bytes of a chunk's gradient."""
+        return _within(self.gradients_at(chunk.segment), chunk)
+
+
+def _within(area: int, chunk: Chunk) -> slice:
+    start = area + chunk.start * itemsize(chunk.dtype)
+    return slice(start, start + chunk.nbytes)
+
+
 def plan(model: ModelSpec, shards: int, chunk_bytes: int) -> Layout:
     """Lay ``model`` out over ``shards`` shards in chunks of at most ``chunk_bytes`` bytes."""
     if shards < 1 or chunk_bytes < 1:

@@ -1,7 +1,7 @@
 """The closed set of messages that Downpour's processes exchange. PROTOCOL.md tells the conversations.
 
 A message is a frozen dataclass; :mod:`downpour_common.wire` turns it into frames and back. Fields are checked
-against their annotations when decoded: ``int`` fields fit 63 bits and are not negative unless said otherwise.
+against their annotations when decoded: ``int`` fields fit 63 bits and are at least -1; receivers check the rest.
 A request carries ``request``, a number unique on its connection; its answer repeats it.
 
 Identity of a contribution: (job, shard_epoch, slot, worker_epoch, seq, chunk), and what it was computed on,
@@ -34,6 +34,7 @@ class Refusal(StrEnum):
     DATA_DIFFERS = "data-differs"
     TIMED_OUT = "timed-out"
     CHECKPOINT = "checkpoint"
+    NOT_SHARED = "not-shared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Init(Request):
 
 @dataclass(frozen=True, slots=True)
 class Contribution(Request):
-    """What one worker adds to one chunk: base of :class:`Push` and :class:`PushPull`."""
+    """What one worker adds to one chunk: base of :class:`Push`, :class:`PushPull` and :class:`PushPullShared`."""
 
     job: str
     shard_epoch: int
@@ -97,8 +98,6 @@ class Contribution(Request):
     """(epoch, offset in samples) of the training data after this contribution; what a resumed job goes on from"""
     hyper: bytes
     """msgpack map of the parameter group's options in force (lr, …); empty: as before"""
-    payload: Buffer
-    """chunk.nbytes bytes of chunk.dtype"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +105,8 @@ class Push(Contribution):
     """Add a contribution. Answered by :class:`Ack` once it is accepted."""
 
     TAG = 3
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,8 @@ class PushPull(Contribution):
     """Add a contribution and fetch the chunk when the policy allows. Answered by :class:`Weights`."""
 
     TAG = 4
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,33 @@ class Leave(Request):
     worker_epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class AttachMemory(Request):
+    """Offer the shard memory to share: file descriptor ``fd`` of process ``pid``, laid out as ``layout.SharedLayout``.
+
+    Answered by :class:`Ack` once the shard has mapped it and found ``nonce`` at its end, else by :class:`Refused`;
+    the worker then goes on without.
+    """
+
+    TAG = 8
+    job: str
+    slot: int
+    worker_epoch: int
+    pid: int
+    fd: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushPullShared(Contribution):
+    """As :class:`PushPull`, with the contribution in shared memory. Answered by :class:`WeightsShared`.
+
+    The contribution must stay unchanged, and the weights unread, until the answer.
+    """
+
+    TAG = 9
+
+
 # ---------------------------------------------------------------- data plane: shard → worker
 
 
@@ -162,7 +192,7 @@ class HelloReply(Request):
 
 @dataclass(frozen=True, slots=True)
 class Ack(Request):
-    """The request is done; for a :class:`Push`, ``version`` is the chunk's after it (0 elsewhere)."""
+    """The request is done; for a :class:`Push`, ``version`` is the chunk's when it was accepted (0 elsewhere)."""
 
     TAG = 17
     version: int
@@ -177,6 +207,15 @@ class Weights(Request):
     version: int
     payload: Buffer
     """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsShared(Request):
+    """A chunk's weights at ``version`` are in the worker's shared memory."""
+
+    TAG = 20
+    chunk: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

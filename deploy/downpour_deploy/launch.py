@@ -44,6 +44,7 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int) -> P
         n_fetch=settings.n_fetch,
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
+        shared_memory=settings.shared_memory and settings.transport == "ipc",
         timeout_s=settings.timeout_s,
         start_timeout_s=settings.start_timeout_s,
     )

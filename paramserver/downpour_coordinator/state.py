@@ -191,7 +191,9 @@ class Coordinator:
     def data_position(self) -> tuple[int, list[Span]]:
         """The pass over the first loader that the last worker is in, and what of it is done."""
         if not self._passes:
-            return self.facts.epoch, list(self.facts.done)
+            finished = [w.progress.epoch for w in self.workers.values() if w.progress is not None]
+            epoch = min(finished, default=self.facts.epoch)
+            return epoch, list(self.facts.done) if epoch == self.facts.epoch else []
         live = [epoch for slot, epoch in self._passes.items() if not self.workers[slot].gone]
         epoch = min(live) if live else max(self._passes.values())
         ledger = self._ledgers[0, epoch]
@@ -234,10 +236,10 @@ class Coordinator:
         self._welcome(effects)
 
     def _welcome(self, effects: list[Effect]) -> None:
-        """Answer the workers that wait, once the model is known and the shards hold it."""
+        """Answer the workers that wait: refusals at once, welcomes when all are there and the shards hold the model."""
         if self.model is None:
             return
-        ready = all(s.ready for s in self.shards.values())
+        ready = all(s.ready for s in self.shards.values()) and all(w.pid or w.gone for w in self.workers.values())
         facts = self.facts
         for slot, model in list(self._waiting.items()):
             worker = self.workers[slot]

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from downpour_common import messages as m
+from downpour_common import sharing
 from downpour_common.errors import ConfigError, DownpourError, PeerTimeout, ProtocolError
-from downpour_common.layout import ModelSpec, plan
+from downpour_common.layout import ModelSpec, SharedLayout, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
 from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
 from downpour_server.restore import restore
 from downpour_server.rules import RULES
-from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
+from downpour_server.shard import Attach, Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot, write
 
 VARIABLE = "DOWNPOUR_SHARD"
@@ -149,6 +150,14 @@ class ShardService:
                     stored.being_read(self._data.send(effect.peer, message))
                 case WriteSnapshot():
                     self._begin_writing(effect)
+                case Attach():
+                    self._attach(effect)
+
+    def _attach(self, effect: Attach) -> None:
+        assert self._shard is not None
+        offer = effect.offer
+        memory = sharing.attach(SharedLayout(self._shard.layout), offer.pid, offer.fd, offer.nonce)
+        self._carry_out(self._shard.attached(effect, memory))
 
     def _begin_writing(self, effect: WriteSnapshot) -> None:
         if effect.error:

@@ -17,7 +17,7 @@ import torch
 
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
-from downpour_common.layout import Layout
+from downpour_common.layout import Layout, SharedLayout
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
@@ -57,7 +57,15 @@ class SendWeights:
     stored: StoredChunk
 
 
-Effect = Reply | SendWeights | WriteSnapshot
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Effect: map the memory that ``offer`` describes and tell :meth:`Shard.attached`."""
+
+    peer: Peer
+    offer: m.AttachMemory
+
+
+Effect = Reply | SendWeights | WriteSnapshot | Attach
 
 
 @dataclass(slots=True)
@@ -69,6 +77,7 @@ class _Fetch:
     slot: int
     seq: int
     since_s: float
+    shared: bool = False
 
 
 class Shard:
@@ -83,6 +92,7 @@ class Shard:
             for c in layout.of_shard(identity.shard)
         }
         self._clock = 0
+        self._mode = mode
         self._timeout_s = timeout_s
         self._members = Members(workers)
         self._gates: dict[int, Gate] = {}
@@ -90,24 +100,37 @@ class Shard:
             bounded = stored.chunk.kind == "trainable" or mode.synchronous
             self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._members)
         self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
-        self._ending: list[tuple[Peer, int, int]] = []
+        self._ending: list[tuple[Peer, int, float]] = []
         self._worker_epochs: dict[int, int] = {}
+        self._shared: dict[int, tuple[int, memoryview]] = {}
+        self._shared_layout = SharedLayout(layout)
         self._capture: Capture | None = None
         self._position: tuple[int, ...] = ()
 
     def start_from(self, clock: int) -> None:
-        """The first sequence number of every worker, when the job goes on from a checkpoint."""
+        """The first sequence number of every worker, when the job goes on from a checkpoint.
+
+        In the synchronous mode a version is a clock, whatever the checkpoint's mode counted.
+        """
         self._clock = clock
+        if self._mode.synchronous:
+            for stored in self.chunks.values():
+                stored.version = clock
 
     def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
         """Take one message from a worker; returns what is to be done, in order."""
         effects: list[Effect] = []
         match message:
             case m.PushPull() | m.Push():
-                self._contribute(peer, message, now_s, effects)
+                self._contribute(peer, message, message.payload, now_s, effects)
+            case m.PushPullShared():
+                self._contribute_shared(peer, message, now_s, effects)
             case m.Pull():
                 if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
                     self._fetch(peer, message, now_s, effects)
+            case m.AttachMemory():
+                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                    effects.append(Attach(peer, message))
             case m.Hello():
                 self._hello(peer, message, effects)
             case m.Init():
@@ -115,7 +138,7 @@ class Shard:
                     self._initialise(peer, message, effects)
             case m.EndEpoch():
                 if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
-                    self._ending.append((peer, message.request, message.slot))
+                    self._ending.append((peer, message.request, now_s))
                     self._members.end_epoch(message.slot)
                     self._members_changed(effects)
             case m.Leave():
@@ -127,8 +150,20 @@ class Shard:
                 raise ProtocolError(f"a shard does not take {type(message).__name__}")
         return effects
 
+    def attached(self, attach: Attach, memory: memoryview | None) -> list[Effect]:
+        """The memory of :class:`Attach` is mapped, or cannot be."""
+        offer = attach.offer
+        effects: list[Effect] = []
+        if memory is None:
+            reason = f"the memory of worker/{offer.slot} cannot be shared with server/{self.identity.shard}"
+            self._refuse(attach.peer, offer.request, Refusal.NOT_SHARED, reason, effects)
+        else:
+            self._shared[offer.slot] = (offer.worker_epoch, memory)
+            effects.append(Reply(attach.peer, m.Ack(offer.request, 0)))
+        return effects
+
     def tick(self, now_s: float) -> list[Effect]:
-        """Refuse the fetches that have waited for longer than the deadline, naming whom they wait for."""
+        """Refuse what has waited for longer than the deadline, naming whom it waits for."""
         effects: list[Effect] = []
         for index, fetches in self._fetches.items():
             overdue = [f for f in fetches if now_s - f.since_s > self._timeout_s]
@@ -139,6 +174,12 @@ class Shard:
                     names = "the initial weights of worker/0"
                 reason = f"after {self._timeout_s:g} s still waiting for {names}"
                 self._refuse(fetch.peer, fetch.request, Refusal.TIMED_OUT, reason, effects)
+        late = [entry for entry in self._ending if now_s - entry[2] > self._timeout_s]
+        for entry in late:
+            self._ending.remove(entry)
+            names = ", ".join(f"worker/{slot}" for slot in self._members.awaited())
+            reason = f"after {self._timeout_s:g} s still waiting for {names} to end the epoch"
+            self._refuse(entry[0], entry[1], Refusal.TIMED_OUT, reason, effects)
         return effects
 
     def snapshot(self, snapshot: int, folder: str, at_clock: int) -> list[Effect]:
@@ -157,15 +198,26 @@ class Shard:
 
     # ------------------------------------------------------------ contributions
 
-    def _contribute(self, peer: Peer, push: m.Contribution, now_s: float, effects: list[Effect]) -> None:
+    def _contribute_shared(self, peer: Peer, push: m.PushPullShared, now_s: float, effects: list[Effect]) -> None:
+        """Find the contribution in the worker's memory; it stays there, unchanged, until the answer."""
+        stored, (epoch, memory) = self.chunks.get(push.chunk), self._shared.get(push.slot, (-1, memoryview(b"")))
+        if stored is None or stored.chunk.kind != "trainable" or epoch != push.worker_epoch:
+            reason = f"chunk {push.chunk} is not in memory that worker/{push.slot} shares with this shard"
+            self._refuse(peer, push.request, Refusal.NOT_SHARED, reason, effects)
+        else:
+            self._contribute(peer, push, memory[self._shared_layout.gradient(stored.chunk)], now_s, effects)
+
+    def _contribute(
+        self, peer: Peer, push: m.Contribution, payload: m.Buffer, now_s: float, effects: list[Effect]
+    ) -> None:
         if not self._admits(peer, push, push.job, push.slot, push.worker_epoch, effects):
             return
-        stored = self._stored(peer, push.request, push.chunk, push.payload, effects)
+        stored = self._stored(peer, push.request, push.chunk, payload, effects)
         if stored is None:
             return
         window = stored.window(push.slot, push.worker_epoch, self._clock)
         seen = window.look(push.seq)
-        gradient = from_bytes(push.payload, stored.chunk.dtype)
+        gradient = from_bytes(payload, stored.chunk.dtype)
         objection = self._objection(push, stored, seen, gradient)
         if objection is not None:
             self._refuse(peer, push.request, *objection, effects)
@@ -178,10 +230,11 @@ class Shard:
             self._position = max(self._position, push.position)
             contribution = Contribution(push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient)
             self._apply(stored, self._gates[push.chunk].offer(contribution))
-        if isinstance(push, m.PushPull):
-            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
-        else:
+        if isinstance(push, m.Push):
             effects.append(Reply(peer, m.Ack(push.request, stored.version)))
+        else:
+            shared = isinstance(push, m.PushPullShared)
+            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s, shared))
         self._answer(push.chunk, effects)
         self._finish_capture(effects)
 
@@ -230,7 +283,12 @@ class Shard:
             if fetch.seq >= 0 and stored.chunk.kind == "trainable":
                 self.stats.clock_gap_max = max(self.stats.clock_gap_max, gate.clock_gap(fetch.slot, fetch.seq))
             self.stats.bytes_out += stored.chunk.nbytes
-            effects.append(SendWeights(fetch.peer, fetch.request, stored))
+            if fetch.shared:
+                memory = self._shared[fetch.slot][1]
+                memory[self._shared_layout.weights(stored.chunk)] = stored.payload()
+                effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, stored.version)))
+            else:
+                effects.append(SendWeights(fetch.peer, fetch.request, stored))
         self._fetches[index] = kept
 
     def _members_changed(self, effects: list[Effect]) -> None:

@@ -79,7 +79,7 @@ class StoredChunk:
             self._latest[contribution.slot] = contribution.gradient
         latest = [self._latest[slot] for slot in sorted(self._latest)]
         if self.weights.dtype.is_floating_point or self.weights.dtype.is_complex:
-            mean = weighted_mean([latest[0].clone(), *latest[1:]], [1] * len(latest))
+            mean = weighted_mean(latest, [1] * len(latest))
             self.weights.copy_(mean)
         else:
             self.weights.copy_(latest[0])

@@ -40,7 +40,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def weighted_mean(tensors: list[torch.Tensor], weights: list[int]) -> torch.Tensor:
-    """Σ wᵢ·tᵢ / Σ wᵢ in the order given (half precisions are summed in float32); may overwrite the first tensor.
+    """Σ wᵢ·tᵢ / Σ wᵢ in the order given (half precisions are summed in float32); the tensors stay as they are.
 
     A single tensor is returned as it is, bit for bit. Weights that are all zero count equally.
     """
@@ -49,8 +49,7 @@ def weighted_mean(tensors: list[torch.Tensor], weights: list[int]) -> torch.Tens
     total = sum(weights)
     shares = [w / total for w in weights] if total else [1 / len(tensors)] * len(tensors)
     dtype = tensors[0].dtype
-    mean = tensors[0].float() if dtype in _HALF else tensors[0]
-    mean.mul_(shares[0])
+    mean = (tensors[0].float() if dtype in _HALF else tensors[0]) * shares[0]
     for tensor, share in zip(tensors[1:], shares[1:], strict=True):
         mean.add_(tensor.to(mean.dtype), alpha=share)
     return mean.to(dtype)

@@ -30,6 +30,7 @@ CONTEXT = WorkerContext(
     n_fetch=1,
     chunk_bytes=1024,
     window_bytes=1 << 20,
+    shared_memory=True,
     timeout_s=30.0,
     start_timeout_s=30.0,
 )

@@ -70,7 +70,7 @@ def test_mirrors_carry_the_same_weights(
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
-    context = replace(CONTEXT, mode=mode, n_push=n_push, n_fetch=n_fetch, shards=2)
+    context = replace(CONTEXT, mode=mode, n_push=n_push, n_fetch=n_fetch, shards=2, shared_memory=False)
     with_mirrors: Any = run_job(body, context).results[0]
     assert mirrored
     with pytest.MonkeyPatch.context() as patch:

@@ -176,7 +176,7 @@ def test_buffers_follow_the_jobs_rule(rule: str, expected: list[float]) -> None:
         loader = torch.utils.data.DataLoader([x, x], batch_size=None)
         session.prepare(model, optimizer, [])
         model(x).sum().backward()
-        session.pass_begins()
+        session.pass_begins(0)
         optimizer.step()
         session.pass_ends(0, 0, len(loader))
         assert model.running_mean is not None

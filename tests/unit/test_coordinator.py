@@ -130,7 +130,7 @@ def test_the_order_of_joining_does_not_matter(order: list[str]) -> None:
             if b"shard %d" % shard in job.sent:
                 ready.remove(shard)
                 job.shard_ready(shard)
-        done = all(s.ready for s in job.state.shards.values())
+        done = all(s.ready for s in job.state.shards.values()) and len(requests) == 3
         assert all((job.answer(r) is not None) == done for r in requests.values())
     for shard in (0, 1):
         assert job.sent[b"shard %d" % shard] == [m.SetUpShard(MODEL.to_wire(), "")]
@@ -181,9 +181,22 @@ def test_a_malformed_registration_does_not_keep_the_others_out() -> None:
         job.register_worker(1, model={"tensors": 5})
     except ProtocolError:
         pass  # what the service counts as malformed
+    chief, repaired = job.register_worker(0), job.register_worker(1)
+    for index in (0, 1):
+        job.shard_ready(index)
+    assert isinstance(job.answer(chief), m.Welcome)
+    assert isinstance(job.answer(repaired), m.Welcome)
+
+
+def test_nobody_starts_before_everybody_is_there() -> None:
+    job = Job()
+    for index in (0, 1):
+        job.register_shard(index)
     chief = job.register_worker(0)
     for index in (0, 1):
         job.shard_ready(index)
+    assert job.answer(chief) is None
+    job.register_worker(1)
     assert isinstance(job.answer(chief), m.Welcome)
 
 

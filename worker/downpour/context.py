@@ -32,6 +32,7 @@ class WorkerContext:
     n_fetch: int
     chunk_bytes: int
     window_bytes: int
+    shared_memory: bool
     timeout_s: float
     start_timeout_s: float
 

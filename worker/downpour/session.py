@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from downpour.client.parameters import ParameterClient
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
@@ -26,8 +26,9 @@ from downpour.optimizer import adopt
 from downpour.space import FlatSpace
 from downpour.staging import staging_for
 from downpour_common import messages as m
+from downpour_common import sharing
 from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
-from downpour_common.layout import plan
+from downpour_common.layout import SharedLayout, plan
 from downpour_common.messages import Lease, Message, Refusal
 from downpour_common.transport import ClientTransport
 
@@ -50,8 +51,7 @@ class Session:
         self._start_position = (0, 0)
         self._position: tuple[int, ...] = ()
         self._barriers = 0
-        self._passes = 0
-        self._steps_at_pass = 0
+        self._clock_at_pass: dict[int, int] = {}
         self._reported_s = 0.0
         self._loaders: list[PreparedLoader] = []
         self._model: nn.Module | None = None
@@ -81,6 +81,8 @@ class Session:
         self._start_position = start
         self._position = start
         self._connect(described, welcome, optimizer)
+        if not loaders or isinstance(loaders[0].dataset, IterableDataset):
+            self._position = ()  # only whole passes can be told
         self._loaders = [
             PreparedLoader(loader, index, self, start if index == 0 else (0, 0)) for index, loader in enumerate(loaders)
         ]
@@ -106,11 +108,16 @@ class Session:
     def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> None:
         c = self.context
         layout = plan(described.spec, c.shards, c.chunk_bytes)
-        space = FlatSpace(layout, described.tensors, described.device)
+        # Accrued gradients and GPU mirrors lie elsewhere; there, payloads are sent.
+        shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1
+        offered = sharing.offer(SharedLayout(layout)) if shareable else None
+        space = FlatSpace(layout, described.tensors, described.device, offered.view if offered else None)
         staging = staging_for(space)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
         self._exchange = StateExchange(c, space, staging, self._client)
         self._exchange.start(welcome.restored, welcome.clock)
+        if offered is not None:
+            self._client.share(offered)
         if optimizer is not None:
             self._engine = Engine(
                 space,
@@ -201,9 +208,9 @@ class Session:
         assert isinstance(lease, Lease)
         return lease
 
-    def pass_begins(self) -> None:
+    def pass_begins(self, loader: int) -> None:
         """See :class:`downpour.data.loader.Host`."""
-        self._steps_at_pass = self.clock
+        self._clock_at_pass[loader] = self.clock
 
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
         """See :class:`downpour.data.loader.Host`. Batches that are only evaluated are not counted."""
@@ -215,8 +222,8 @@ class Session:
 
     def pass_ends(self, loader: int, epoch: int, batches: int) -> None:
         """See :class:`downpour.data.loader.Host`. The end of a training pass is where buffers are exchanged."""
-        trained = self._engine is not None and (self.clock > self._steps_at_pass or (batches == 0 and self._training))
-        if not trained or self._client is None or self._exchange is None:
+        trained = self.clock > self._clock_at_pass[loader] or (batches == 0 and self._training)
+        if not trained or self._engine is None or self._client is None or self._exchange is None:
             return
         if loader == 0 and not self.synchronous:
             self._position = (epoch + 1, 0)

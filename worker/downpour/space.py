@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from downpour_common.errors import ModelError
-from downpour_common.layout import Chunk, Layout
+from downpour_common.layout import Chunk, Layout, SharedLayout
 
 
 class FlatSpace:
@@ -15,20 +15,33 @@ class FlatSpace:
 
     ``param.data`` and ``param.grad`` become views, so a chunk is sent and received without gathering. ``others``
     (buffers and frozen tensors) keep their own memory; they are copied through flat tensors when they travel.
+    ``memory``, laid out as :class:`SharedLayout`, takes the place of memory of its own.
     """
 
-    def __init__(self, layout: Layout, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        memory: memoryview | None = None,
+    ) -> None:
         self.layout = layout
         self.device = device
         self.weights: dict[int, torch.Tensor] = {}
         self.gradients: dict[int, torch.Tensor] = {}
         self._tensors = tensors
         self._views: list[tuple[str, torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        shared = SharedLayout(layout)
         for segment in layout.segments:
             if segment.kind == "trainable":
                 dtype: torch.dtype = getattr(torch, segment.dtype)
-                self.weights[segment.index] = torch.empty(segment.numel, dtype=dtype, device=device)
-                self.gradients[segment.index] = torch.zeros(segment.numel, dtype=dtype, device=device)
+                if memory is None:
+                    self.weights[segment.index] = torch.empty(segment.numel, dtype=dtype, device=device)
+                    self.gradients[segment.index] = torch.zeros(segment.numel, dtype=dtype, device=device)
+                else:
+                    at, gradients_at = shared.weights_at(segment.index), shared.gradients_at(segment.index)
+                    self.weights[segment.index] = _part(memory, at, segment.numel, dtype)
+                    self.gradients[segment.index] = _part(memory, gradients_at, segment.numel, dtype)
                 for piece in segment.pieces:
                     name = layout.model.tensors[piece.tensor].name
                     self._adopt(name, segment.index, piece.start, piece.stop)
@@ -96,3 +109,7 @@ class FlatSpace:
     def of(self, flats: Mapping[int, torch.Tensor], chunk: Chunk) -> torch.Tensor:
         """The slice of ``flats`` that is ``chunk``."""
         return flats[chunk.segment][chunk.start : chunk.stop]
+
+
+def _part(memory: memoryview, at: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=at)

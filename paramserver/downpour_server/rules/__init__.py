@@ -23,7 +23,7 @@ class Rule(Protocol):
         """Use these options (lr, …) from the next :meth:`apply` on."""
 
     def apply(self, weights: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Update ``weights`` (flat) in place; ``gradient`` has its shape and dtype and may be overwritten."""
+        """Update ``weights`` (flat) in place; ``gradient`` has its shape and dtype and stays as it is."""
 
     def state(self) -> State:
         """Tensors with one element per weight, and scalars; by name. References, not copies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,9 +11,10 @@ from downpour.client.core import Submission, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour_common import messages as m
-from downpour_common.errors import ProtocolError
+from downpour_common.errors import PeerRefused, ProtocolError
 from downpour_common.layout import Chunk, Layout
 from downpour_common.messages import Request
+from downpour_common.sharing import OfferedMemory
 
 Sink = memoryview
 """Writable memory that takes a chunk's weights."""
@@ -69,6 +71,7 @@ class ParameterClient:
         self._shards = shards
         self._memory = memory
         self._epochs = [0] * len(shards)
+        self._attached = [False] * len(shards)
         self._versions = [0] * len(layout.chunks)
         self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
         for index, address in enumerate(shards):
@@ -87,6 +90,23 @@ class ParameterClient:
             "greeting",
             on_answer,
         )
+
+    def share(self, offered: OfferedMemory) -> None:
+        """Offer the shards this worker's memory; from then on, push-pulls of its gradients send headers only.
+
+        A shard that cannot map it is served as before.
+        """
+        c = self._context
+        for index, address in enumerate(self._shards):
+            attach = m.AttachMemory(
+                self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), offered.fd, offered.nonce
+            )
+            try:
+                self._thread.ask(address, attach, "shared memory to be mapped", self._timeout_s)
+            except PeerRefused:
+                continue
+            self._attached[index] = True
+        offered.close_fd()
 
     def initialise(self, chunks: Iterable[Chunk]) -> None:
         """Send the job's first weights."""
@@ -139,7 +159,12 @@ class ParameterClient:
         """Send contributions and wait until they are accepted."""
         chunks = list(chunks)
         ticket = Ticket(len(chunks))
-        self._thread.submit([self._push(m.Push, chunk, header, ticket) for chunk in chunks])
+        self._thread.submit(
+            [
+                self._contribution(chunk, m.Push(*self._head(chunk, header), self._memory.gradient(chunk)), ticket)
+                for chunk in chunks
+            ]
+        )
         ticket.wait()
 
     def begin_push_pull(self, count: int) -> Ticket:
@@ -148,7 +173,7 @@ class ParameterClient:
 
     def add_push_pull(self, chunks: Iterable[Chunk], header: PushHeader, ticket: Ticket) -> None:
         """Send chunks' contributions; their new weights come with the answers."""
-        self._thread.submit([self._push(m.PushPull, chunk, header, ticket) for chunk in chunks])
+        self._thread.submit([self._push_pull(chunk, header, ticket) for chunk in chunks])
 
     def end_epoch(self) -> None:
         """No more contributions until every live worker says the same; returns then."""
@@ -168,11 +193,18 @@ class ParameterClient:
         requests = [(address, make(self._thread.number())) for address in self._shards]
         self._thread.ask_all(requests, awaited, self._timeout_s, on_answer)  # type: ignore[arg-type]
 
-    def _push(
-        self, kind: type[m.Push] | type[m.PushPull], chunk: Chunk, header: PushHeader, ticket: Ticket
-    ) -> Submission:
+    def _push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> Submission:
+        head = self._head(chunk, header)
+        if self._attached[chunk.shard]:
+            return self._contribution(chunk, m.PushPullShared(*head), ticket)
+        return self._contribution(chunk, m.PushPull(*head, self._memory.gradient(chunk)), ticket)
+
+    def _head(
+        self, chunk: Chunk, header: PushHeader
+    ) -> tuple[int, str, int, int, int, int, int, int, int, tuple[int, ...], bytes]:
+        """The fields of :class:`m.Contribution`, in order."""
         c = self._context
-        message = kind(
+        return (
             self._thread.number(),
             c.job,
             self._epochs[chunk.shard],
@@ -184,21 +216,23 @@ class ParameterClient:
             header.samples,
             header.position,
             header.hyper[chunk.group] if chunk.group >= 0 else b"",
-            self._memory.gradient(chunk),
         )
+
+    def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
         self.traffic.bytes_sent += chunk.nbytes
-        return self._submission(chunk, message, ticket, f"answer to push {header.seq} of chunk {chunk.index}")
+        return self._submission(chunk, message, ticket, f"answer to push {message.seq} of chunk {chunk.index}")
 
     def _submission(self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str) -> Submission:
         return Submission(self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, chunk.nbytes)
 
     def _take_weights(self, message: Request) -> None:
         """In the client's thread: put the answer where it belongs."""
-        assert isinstance(message, m.Weights)
+        assert isinstance(message, (m.Weights, m.WeightsShared))
         chunk = self._layout.chunks[message.chunk]
-        payload = memoryview(message.payload)
-        if payload.nbytes != chunk.nbytes:
-            raise ProtocolError(f"chunk {chunk.index} has {chunk.nbytes} bytes, the answer {payload.nbytes}")
-        self._memory.weights(chunk)[:] = payload
+        if isinstance(message, m.Weights):
+            payload = memoryview(message.payload)
+            if payload.nbytes != chunk.nbytes:
+                raise ProtocolError(f"chunk {chunk.index} has {chunk.nbytes} bytes, the answer {payload.nbytes}")
+            self._memory.weights(chunk)[:] = payload
         self._versions[chunk.index] = message.version
         self.traffic.bytes_received += chunk.nbytes

@@ -39,7 +39,7 @@ class Host(Protocol):
     ) -> Lease:
         """More positions of a pass (``unit`` 0: only report what is done)."""
 
-    def pass_begins(self) -> None:
+    def pass_begins(self, loader: int) -> None:
         """A pass over a loader begins."""
 
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
@@ -141,7 +141,7 @@ class PreparedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.parts.clear()
-        self._host.pass_begins()
+        self._host.pass_begins(self._index)
         epoch, batches = self._epoch, 0
         try:
             for batch in super().__iter__():
