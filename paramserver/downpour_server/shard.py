@@ -285,7 +285,8 @@ class Shard:
             self.stats.bytes_out += stored.chunk.nbytes
             if fetch.shared:
                 memory = self._shared[fetch.slot][1]
-                memory[self._shared_layout.weights(stored.chunk)] = stored.payload()
+                target = from_bytes(memory[self._shared_layout.weights(stored.chunk)], stored.chunk.dtype)
+                target.copy_(stored.weights)
                 effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, stored.version)))
             else:
                 effects.append(SendWeights(fetch.peer, fetch.request, stored))

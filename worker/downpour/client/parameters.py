@@ -220,10 +220,15 @@ class ParameterClient:
 
     def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
         self.traffic.bytes_sent += chunk.nbytes
-        return self._submission(chunk, message, ticket, f"answer to push {message.seq} of chunk {chunk.index}")
+        awaited = f"answer to push {message.seq} of chunk {chunk.index}"
+        return self._submission(chunk, message, ticket, awaited, in_frames=not isinstance(message, m.PushPullShared))
 
-    def _submission(self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str) -> Submission:
-        return Submission(self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, chunk.nbytes)
+    def _submission(
+        self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str, in_frames: bool = True
+    ) -> Submission:
+        """``in_frames``: the chunk itself is sent or comes back, and so counts against the credit."""
+        nbytes = chunk.nbytes if in_frames else 0
+        return Submission(self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, nbytes)
 
     def _take_weights(self, message: Request) -> None:
         """In the client's thread: put the answer where it belongs."""
