@@ -196,14 +196,19 @@ class LocalJob:
         if future is not None and not future.done():
             future.set_result(error)
 
-    async def _pump_until(self, future: asyncio.Future[str], timeout_s: float) -> str:
-        """The future's result, or why it did not come."""
+    def _training(self) -> bool:
+        return any(c.running for c in self._children if c.role == "worker")
+
+    async def _pump_until(self, future: asyncio.Future[str], timeout_s: float, for_workers: bool = False) -> str:
+        """The future's result, or why it did not come; ``for_workers``: it cannot come without running workers."""
         deadline_s = time.monotonic() + timeout_s
         while not future.done():
             if time.monotonic() > deadline_s:
                 return f"the shards did not answer within {timeout_s:g} s"
             if self._hurry.is_set():
                 return "there was no time for it"
+            if for_workers and not self._training():
+                return "the workers have ended"
             if any(not c.running for c in self._children if c.role == "server"):
                 return "a shard is gone"
             self._service.pump()
@@ -217,7 +222,7 @@ class LocalJob:
         model = None
         if self._failure is None:
             if self._interrupted:
-                await self._keep_interrupted()
+                model = await self._keep_interrupted()
             else:
                 model = await self._export()
         self._stopping = True
@@ -231,15 +236,18 @@ class LocalJob:
             self._service.pump()
         return model
 
-    async def _keep_interrupted(self) -> None:
+    async def _keep_interrupted(self) -> str | None:
         """A checkpoint of where an interrupted job is: while its workers still run, or of what they left."""
         settings = self._spec.settings
         error = "training had not begun"
         deadline_s = time.monotonic() + STOP_SNAPSHOT_S
         while error and time.monotonic() < deadline_s and (future := self._begin_snapshot()) is not None:
-            error = await self._pump_until(future, max(0.1, deadline_s - time.monotonic()))
-            if not any(c.running for c in self._children if c.role == "worker"):
+            error = await self._pump_until(future, max(0.1, deadline_s - time.monotonic()), for_workers=True)
+            if not self._training():
                 break
+        if error and all(c.returncode == 0 for c in self._children if c.role == "worker"):
+            self._warnings.append("interrupted, but every script had ended well by then")
+            return await self._export()
         if error and self._state.training and self._interrupted == 1:
             self._stopping = True
             await end_all([c for c in self._children if c.role == "worker"], settings.grace_s, self._hurry)
@@ -249,6 +257,7 @@ class LocalJob:
             self._warnings.append(f"no checkpoint was made at the interruption: {error}")
         else:
             self._warnings.append(f"interrupted; go on with --resume {self._spec.out}")
+        return None
 
     async def _export(self) -> str | None:
         future = self._begin_snapshot(final=True)

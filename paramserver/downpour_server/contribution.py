@@ -17,3 +17,5 @@ class Contribution:
     base_version: int
     hyper: bytes
     gradient: torch.Tensor
+    position: tuple[int, ...] = ()
+    """of the training data once this contribution counts"""

@@ -227,8 +227,9 @@ class Shard:
         else:
             window.record(push.seq)
             self.stats.bytes_in += stored.chunk.nbytes
-            self._position = max(self._position, push.position)
-            contribution = Contribution(push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient)
+            contribution = Contribution(
+                push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position
+            )
             self._apply(stored, self._gates[push.chunk].offer(contribution))
         if isinstance(push, m.Push):
             effects.append(Reply(peer, m.Ack(push.request, stored.version)))
@@ -255,7 +256,7 @@ class Shard:
             return Refusal.NOT_READY, f"chunk {push.chunk} has no weights yet: pull before the first push"
         if not stored.understands(push.hyper):
             return Refusal.MALFORMED, f"{name} has options that the update rule cannot take"
-        if not is_finite(gradient):
+        if stored.chunk.kind == "trainable" and not is_finite(gradient):
             return Refusal.NON_FINITE, f"{name} holds NaN or Inf and was not applied"
         return None
 
@@ -267,6 +268,7 @@ class Shard:
                     self.stats.applied += 1
                 self.stats.updates += 1
             stored.apply(round_)
+            self._position = max(self._position, *(c.position for c in round_))
             if stored.chunk.kind == "trainable":
                 self.stats.round = max(self.stats.round, stored.version)
             if self._capture is not None:

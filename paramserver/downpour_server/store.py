@@ -78,7 +78,8 @@ class StoredChunk:
         for contribution in round_:
             self._latest[contribution.slot] = contribution.gradient
         latest = [self._latest[slot] for slot in sorted(self._latest)]
-        if self.weights.dtype.is_floating_point or self.weights.dtype.is_complex:
+        constant = all(torch.equal(latest[0], other) for other in latest[1:])  # whose mean would round
+        if not constant and (self.weights.dtype.is_floating_point or self.weights.dtype.is_complex):
             mean = weighted_mean(latest, [1] * len(latest))
             self.weights.copy_(mean)
         else:

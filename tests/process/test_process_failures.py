@@ -121,3 +121,8 @@ def test_a_full_disk_does_not_stop_training_and_is_told_at_the_end(box: Box, sma
     assert str(out) in failure["message"]
     assert not ended.manifests()
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
+
+
+def test_what_goes_wrong_after_the_scripts_last_line_does_not_pass_for_success(box: Box) -> None:
+    ended = box.run("-w", "1", "-s", "1", "--set", "n_push=5", "--set", "n_fetch=5", "--json", "ends_badly.py")
+    ended.expect_failure("worker/0", 1, r"NonFiniteContribution.*gradient of weight holds NaN")

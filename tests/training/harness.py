@@ -71,7 +71,7 @@ def run_job(body: Callable[[Session], object], context: WorkerContext = CONTEXT)
             session.finish()
         except BaseException as error:
             job.errors[slot] = error
-            session.fail(str(error), "")
+            session.fail(error, "")
 
     shards = []
     for index in range(context.shards):

@@ -169,3 +169,45 @@ def test_datasets_that_differ_are_refused() -> None:
 
     with pytest.raises(PeerRefused, match="every worker must see the same dataset"):
         run_job(body, replace(CONTEXT, mode="async", workers=2))
+
+
+@pytest.mark.parametrize("evaluating", ["chief toggles", "always eval", "evaluates in between"])
+def test_samples_count_with_the_step_that_used_them(evaluating: str) -> None:
+    """Whatever the model's mode is when a batch is taken: frozen BatchNorm, an evaluation between two steps."""
+
+    def body(session: Session) -> tuple[int, tuple[int, ...]]:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        train, held_out = session.prepare(
+            model, optimizer, [DataLoader(Numbers(20), batch_size=5), DataLoader(Numbers(6), batch_size=2)]
+        )
+        if evaluating == "always eval":
+            model.eval()
+        for number, batch in enumerate(train):
+            optimizer.zero_grad()
+            model(batch).sum().backward()
+            optimizer.step()
+            if evaluating == "chief toggles" and session.slot == 0:
+                model.train(number % 2 == 0)
+            if evaluating == "evaluates in between" and session.slot == 0:
+                assert sum(len(b) for b in held_out) == 3  # gradients enabled, as scripts forget to disable them
+        assert session._engine is not None
+        return session._engine.counters.samples, session._position
+
+    results: Any = run_job(body, replace(CONTEXT, mode="sync", workers=2)).results
+    assert results == {0: (10, (1, 0)), 1: (10, (1, 0))}
+
+
+def test_a_pass_left_early_gives_back_only_what_is_unfinished() -> None:
+    def body(session: Session) -> None:
+        model = nn.Linear(1, 1)
+        (loader,) = session.prepare(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), [DataLoader(Numbers(40), batch_size=2)]
+        )
+        for number, _ in enumerate(loader):
+            if number == 5:
+                break
+
+    ledger = run_job(body, replace(CONTEXT, mode="async", workers=1)).coordinator._ledgers[0, 0]
+    assert ledger.done == [(0, 10)]
+    assert ledger.free == [(10, 40)]

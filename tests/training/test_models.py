@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -292,3 +295,80 @@ def test_nan_names_the_parameter_and_changes_nothing() -> None:
             assert torch.equal(model[1].weight, before)
 
     refused(body, NonFiniteContribution, "1.weight")
+
+
+@pytest.mark.parametrize(
+    "lr", [np.float32(0.05), np.float64(0.05), torch.tensor(0.05), Fraction(1, 20), Decimal("0.05")]
+)
+def test_learning_rates_of_any_number_type_reach_the_servers(lr: Any) -> None:
+    def body(session: Session) -> float:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        optimizer = SGD(model.parameters(), lr=0.7)
+        session.prepare(model, optimizer, [])
+        optimizer.param_groups[0]["lr"] = lr
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        return model.weight.item()
+
+    assert run_job(body, ONE).results[0] == pytest.approx(-0.05)
+
+
+def test_an_option_that_is_no_number_is_refused() -> None:
+    def body(session: Session) -> None:
+        model = nn.Linear(1, 1)
+        optimizer = SGD(model.parameters(), lr=0.7)
+        session.prepare(model, optimizer, [])
+        optimizer.param_groups[0]["lr"] = object()
+        optimizer.step()
+
+    refused(body, ModelError, "option lr")
+
+
+class Masked(nn.Module):
+    """A causal mask is a buffer full of -inf; an expanded buffer's elements share memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        self.register_buffer("scale", torch.ones(1, 3).expand(4, 3))
+
+
+def test_buffers_may_be_infinite_constant_and_expanded() -> None:
+    def body(session: Session) -> tuple[torch.Tensor, torch.Tensor]:
+        model = Masked()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        session.prepare(model, optimizer, [])
+        session.pass_begins(0)
+        model.layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        session.pass_ends(0, 0, 1)
+        return model.get_buffer("mask").clone(), model.get_buffer("scale").clone()
+
+    results: Any = run_job(body, replace(ONE, workers=3, mode="sync")).results
+    for slot in range(3):
+        assert torch.equal(results[slot][0], torch.full((3, 3), float("-inf")).triu(1))
+        assert torch.equal(results[slot][1], torch.ones(4, 3))
+
+
+def test_a_parameter_unfrozen_later_is_told_and_not_ignored() -> None:
+    def body(session: Session) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        model[0].requires_grad_(False)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        session.prepare(model, optimizer, [])
+        model[0].requires_grad_(True)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    refused(body, ModelError, r"0\.weight was frozen")
+
+
+def test_loading_weights_after_prepare_warns() -> None:
+    def body(session: Session) -> None:
+        model = nn.Linear(2, 1)
+        session.prepare(model, SGD(model.parameters(), lr=0.1), [])
+        model.load_state_dict(model.state_dict())
+
+    refused(body, UserWarning, "this worker's copy only")

@@ -762,3 +762,13 @@ def test_the_rules_state_follows_weights_that_were_copied() -> None:
     d.push(0, 0, 1, ones(0, 4))
     assert d.weights().tolist() == [6, 4]
     assert bytes(d.views[asked.request]) == ones(4, 0).numpy().tobytes()
+
+
+def test_a_snapshot_says_the_data_position_of_what_was_applied_not_of_what_waits() -> None:
+    d = driver("sync")
+    d.init_all()
+    for slot in (0, 1):
+        d.push(0, slot, 0, ones(1, 0, 0, 0), position=(0, 10))
+    d.push(0, 0, 1, ones(1, 0, 0, 0), position=(0, 20))
+    d.snapshot()
+    assert d.written[-1].document["position"] == [0, 10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import traceback
 from types import TracebackType
@@ -81,17 +82,38 @@ def _watch_the_end(session: Session) -> None:
 
     def on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
-        session.fail(f"{kind.__name__}: {error}", text)
+        session.fail(error, text)
         previous(kind, error, trace)
 
     sys.excepthook = on_exception
-    atexit.register(session.finish)
+    atexit.register(_finish, session)
+
+
+def _finish(session: Session) -> None:
+    """At the script's end; what goes wrong here must not pass for success, as errors at exit otherwise do."""
+    try:
+        session.finish()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def log(**values: float) -> None:
-    """Add scalars (numbers or one-element tensors) to the run's ``metrics.jsonl`` and progress, at this clock."""
+    """Add scalars (numbers or one-element tensors) to the run's ``metrics.jsonl`` and progress, at this clock.
+
+    Raises :class:`downpour.ConfigError` for what is not a number.
+    """
+    numbers = {name: _number(name, value) for name, value in values.items()}
     if _session is not None:
-        _session.log(values)
+        _session.log(numbers)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"downpour.log: {name} is not a number: {value!r:.60}") from None
 
 
 def is_chief() -> bool:

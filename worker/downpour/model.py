@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -62,23 +64,30 @@ def describe(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, b
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group that the update rule needs: plain numbers, booleans, strings and lists."""
+    """The options of a parameter group that the update rule needs: plain numbers, booleans, strings and lists.
+
+    Raises :class:`ModelError` for an option that is none of these, because dropping it would change the training.
+    """
     options: dict[str, Any] = {}
     for name, value in group.items():
         if name in IMPLEMENTATION_OPTIONS or name == "param_names":
             continue
         plain = _plain(value)
-        if plain is not None or value is None:
-            options[name] = plain
+        if plain is None and value is not None:
+            raise ModelError(f"the optimizer's option {name} is {value!r}, which is not a plain number or list of them")
+        options[name] = plain
     return options
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
+    """``value`` as JSON knows it, or None; scalars of torch, numpy and ``numbers`` become Python's."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    return value if isinstance(value, (bool, int, float, str)) else None
+    if callable(getattr(value, "item", None)) and getattr(value, "shape", None) in ((), (1,)):
+        return _plain(value.item())
+    return float(value) if isinstance(value, (numbers.Real, Decimal)) else None
 
 
 def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]:

@@ -6,6 +6,8 @@ import os
 import random
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +54,7 @@ class Session:
         self._position: tuple[int, ...] = ()
         self._barriers = 0
         self._clock_at_pass: dict[int, int] = {}
+        self._taken: dict[int, tuple[int, tuple[int, int] | None]] = {}  # by loader: samples, position after them
         self._reported_s = 0.0
         self._loaders: list[PreparedLoader] = []
         self._model: nn.Module | None = None
@@ -88,6 +91,8 @@ class Session:
         ]
         if self.workers > 1:
             self._seed_apart()
+        if model is not None:
+            model.register_load_state_dict_post_hook(_warn_of_loading)
         self._report(force=True)
         return self._loaders
 
@@ -143,6 +148,7 @@ class Session:
     def step(self, local_step: Callable[[], None]) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
         assert self._engine is not None
+        self._use_batches()
         self._engine.step(local_step)
         self._report()
 
@@ -163,10 +169,9 @@ class Session:
         self._engine.push(samples)
         self._report()
 
-    def log(self, values: Mapping[str, Any]) -> None:
+    def log(self, values: Mapping[str, float]) -> None:
         """Send scalars to the run's metrics."""
-        plain = {name: float(value) for name, value in values.items()}
-        self._thread.tell(self.context.coordinator, m.LogMetrics(self.slot, self.clock, plain))
+        self._thread.tell(self.context.coordinator, m.LogMetrics(self.slot, self.clock, dict(values)))
 
     def barrier(self) -> None:
         """Wait until every live worker is here."""
@@ -213,16 +218,24 @@ class Session:
         self._clock_at_pass[loader] = self.clock
 
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
-        """See :class:`downpour.data.loader.Host`. Batches that are only evaluated are not counted."""
-        if self._engine is None or not self._training:
-            return
-        self._engine.add_samples(samples)
-        if loader == 0 and position is not None:
-            self._position = position
+        """See :class:`downpour.data.loader.Host`. Counts with the next step; never, if it is only evaluated."""
+        if torch.is_grad_enabled():
+            before, _ = self._taken.get(loader, (0, None))
+            self._taken[loader] = (before + samples, position)
+
+    def _use_batches(self) -> None:
+        assert self._engine is not None
+        for loader, (samples, position) in self._taken.items():
+            self._engine.add_samples(samples)
+            if loader == 0 and position is not None:
+                self._position = position
+        self._taken.clear()
 
     def pass_ends(self, loader: int, epoch: int, batches: int) -> None:
         """See :class:`downpour.data.loader.Host`. The end of a training pass is where buffers are exchanged."""
-        trained = self.clock > self._clock_at_pass[loader] or (batches == 0 and self._training)
+        trained = self.clock > self._clock_at_pass[loader] or (batches == 0 and torch.is_grad_enabled())
+        if not trained:
+            self._taken.pop(loader, None)
         if not trained or self._engine is None or self._client is None or self._exchange is None:
             return
         if loader == 0 and not self.synchronous:
@@ -231,10 +244,6 @@ class Session:
         if self.synchronous:
             self._client.end_epoch()
         self._exchange.pull_buffers()
-
-    @property
-    def _training(self) -> bool:
-        return torch.is_grad_enabled() and (self._model is None or self._model.training)
 
     # ------------------------------------------------------------ leaving
 
@@ -252,15 +261,22 @@ class Session:
                 self._report(force=True)
                 goodbye = m.Goodbye(self._thread.number(), self.slot, self.context.worker_epoch)
                 self._thread.ask(self.context.coordinator, goodbye, "goodbye to be noted", self._timeout_s)
+        except BaseException as error:
+            self._tell_failure(error, "".join(traceback.format_exception(error)))
+            raise
         finally:
             self._thread.close()
 
-    def fail(self, error: str, traceback: str) -> None:
+    def fail(self, error: BaseException, trace: str) -> None:
         """The script has raised: say so and go, without leaving the job in good order."""
         if not self._closed:
             self._closed = True
-            self._thread.tell(self.context.coordinator, m.ReportFailure(self.slot, error, traceback[-60_000:]))
+            self._tell_failure(error, trace)
             self._thread.close()
+
+    def _tell_failure(self, error: BaseException, trace: str) -> None:
+        text = f"{type(error).__name__}: {error}"
+        self._thread.tell(self.context.coordinator, m.ReportFailure(self.slot, text, trace[-60_000:]))
 
     def _notice(self, message: Message) -> None:
         if isinstance(message, m.ShouldStop):
@@ -287,3 +303,11 @@ class Session:
                 counters.wait_s,
             ),
         )
+
+
+def _warn_of_loading(_module: nn.Module, _keys: object) -> None:
+    warnings.warn(
+        "load_state_dict after downpour.prepare changes this worker's copy only; the servers' weights replace it at "
+        "the next step or pull. Load before prepare, or go on from a run with downpour run --resume DIR",
+        stacklevel=3,
+    )

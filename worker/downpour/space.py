@@ -32,6 +32,8 @@ class FlatSpace:
         self._tensors = tensors
         self._views: list[tuple[str, torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         shared = SharedLayout(layout)
+        frozen = [t.name for t in layout.model.tensors if t.kind == "frozen"]
+        self._frozen = [(n, p) for n in frozen if isinstance(p := tensors[n], torch.nn.Parameter)]
         for segment in layout.segments:
             if segment.kind == "trainable":
                 dtype: torch.dtype = getattr(torch, segment.dtype)
@@ -78,6 +80,12 @@ class FlatSpace:
             elif found.data_ptr() != gradient.data_ptr():
                 gradient.copy_(found)
             parameter.grad = gradient
+        for name, parameter in self._frozen:
+            if parameter.requires_grad and parameter.grad is not None:
+                raise ModelError(
+                    f"parameter {name} was frozen when prepare was called and has a gradient now; prepare it "
+                    "trainable, and set its group's lr to 0 for as long as it should stay as it is"
+                )
 
     def zero_gradients(self) -> None:
         """Zero all gradients and make them views again."""
@@ -99,6 +107,8 @@ class FlatSpace:
         at = 0
         with torch.no_grad():
             for tensor in self._members(segment):
+                if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                    tensor.data = tensor.contiguous()  # an expanded tensor's elements share memory
                 tensor.copy_(flat[at : at + tensor.numel()].view(tensor.shape))
                 at += tensor.numel()
 

@@ -134,7 +134,8 @@ class CudaStaging:
             self._space.of(self._weights, chunk).copy_(self._space.of(self._space.weights, chunk))
 
     def arrived(self, chunk: Chunk) -> None:
-        """See :class:`Staging`."""
+        """See :class:`Staging`; kernels that still read the old weights come first."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._space.device))
         with torch.cuda.stream(self._stream):
             target = self._space.of(self._space.weights, chunk)
             target.copy_(self._space.of(self._weights, chunk), non_blocking=True)

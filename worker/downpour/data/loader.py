@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from downpour.data import order as orders
 from downpour.data.rounds import RoundSplit
+from downpour_common.errors import ModelError, PeerError
 from downpour_common.messages import Lease
 
 
@@ -131,7 +133,10 @@ class PreparedLoader(DataLoader[Any]):
 
     def _split(self, offset: int) -> RoundSplit:
         host = self._host
-        total = len(orders.units(self._original))
+        units = orders.units(self._original)
+        if not hasattr(units, "__len__"):
+            raise ModelError(f"{type(units).__name__} has no length, which mode sync needs for its rounds; add __len__")
+        total = len(units)
         return RoundSplit(total, self._unit, host.workers, host.slot, self._drop_last and self._by_sample, offset)
 
     def __len__(self) -> int:
@@ -151,9 +156,10 @@ class PreparedLoader(DataLoader[Any]):
                 batches += 1
                 if part is not None:
                     self._finished.append((part.start, part.stop))
-            if not self._iterable and not self._host.synchronous:
-                self._report_done()
         finally:  # also for a script that leaves the pass early: the next pass is another one
+            if not self._iterable and not self._host.synchronous:
+                with contextlib.suppress(PeerError):  # at the very end, when the connection is closed
+                    self._report_done()
             self._epoch = epoch + 1
             self._start_offset = 0
         self._host.pass_ends(self._index, epoch, batches)
