@@ -286,6 +286,8 @@ class LocalJob:
             code = self._failure.exit_code or exitcodes.FAILED
         elif self._interrupted:
             code = exitcodes.of_process(-self._signal)
+        if self._failure is not None and checkpoints.committed(self._spec.out):
+            self._warnings.append(f"the last checkpoint is kept; go on from it with --resume {self._spec.out}")
         first_s = self._first_step_s
         outcome = Outcome(
             job=self._spec.name,

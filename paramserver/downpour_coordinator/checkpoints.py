@@ -51,6 +51,11 @@ def numbers(run: str) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def committed(run: str) -> list[int]:
+    """Numbers of the run's committed checkpoints, ascending."""
+    return [n for n in numbers(run) if os.path.exists(os.path.join(folder_of(run, n), MANIFEST))]
+
+
 def load(folder: str) -> Checkpoint:
     """Read and verify one checkpoint. Raises :class:`CheckpointError` naming what is damaged."""
     path = os.path.join(folder, MANIFEST)
@@ -92,9 +97,9 @@ def newest(path: str) -> tuple[Checkpoint, list[str]]:
 
 def prune(run: str, keep: int) -> None:
     """Delete all but the ``keep`` newest committed checkpoints, and whatever older was never committed."""
-    committed = [n for n in numbers(run) if os.path.exists(os.path.join(folder_of(run, n), MANIFEST))]
+    kept = committed(run)[-keep:]
     for number in numbers(run):
-        if committed[-keep:] and number < committed[-keep:][0]:
+        if kept and number < kept[0]:
             shutil.rmtree(folder_of(run, number), ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -181,7 +182,8 @@ class PreparedLoader(DataLoader[Any]):
             if self._by_sample and self._original.batch_sampler is not None:
                 yield part, [int(i) for i in order[part.start : part.stop]]
             else:
-                yield part, order[part.start]
+                unit = order[part.start]
+                yield part, int(unit) if isinstance(unit, np.integer) else unit
 
     def _rounds(self) -> Iterator[Part]:
         for r in self._split(self._start_offset):
