@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from downpour.client.core import Submission, Ticket
+from downpour.client.core import OnAnswer, Submission, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour_common import messages as m
@@ -15,9 +15,6 @@ from downpour_common.errors import PeerRefused, ProtocolError
 from downpour_common.layout import Chunk, Layout
 from downpour_common.messages import Request
 from downpour_common.sharing import OfferedMemory
-
-Sink = memoryview
-"""Writable memory that takes a chunk's weights."""
 
 
 class Memory(Protocol):
@@ -188,10 +185,10 @@ class ParameterClient:
         c = self._context
         self._everywhere(lambda number: m.Leave(number, c.job, c.slot, c.worker_epoch), "leave to be noted")
 
-    def _everywhere(self, make: object, awaited: str, on_answer: object = None) -> None:
-        assert callable(make)
+    def _everywhere(self, make: Callable[[int], Request], awaited: str, on_answer: OnAnswer | None = None) -> None:
+        """One request to every shard, made with its number; waits for all answers."""
         requests = [(address, make(self._thread.number())) for address in self._shards]
-        self._thread.ask_all(requests, awaited, self._timeout_s, on_answer)  # type: ignore[arg-type]
+        self._thread.ask_all(requests, awaited, self._timeout_s, on_answer)
 
     def _push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> Submission:
         head = self._head(chunk, header)
