@@ -28,7 +28,8 @@ from downpour_common.process import keep_freed_memory
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
 from downpour_coordinator.service import CoordinatorService
 from downpour_coordinator.state import Coordinator, JobFacts
-from downpour_server.service import ShardConfig, ShardService, use_this_process
+from downpour_server.config import ShardConfig
+from downpour_server.service import ShardService, use_this_process
 
 JOB = "bench"
 MODE = "async"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -11,9 +10,7 @@ from downpour.context import WorkerContext
 from downpour_common.config import JobSpec
 from downpour_coordinator.state import JobFacts
 from downpour_deploy.resolve import ResolvedJob
-
-SHARD_VARIABLE = "DOWNPOUR_SHARD"
-"""Read by ``downpour_server.service``, which is not imported here because it needs torch."""
+from downpour_server.config import ShardConfig
 
 Process = tuple[list[str], dict[str, str]]
 """Command and environment."""
@@ -53,21 +50,20 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int) -> P
 
 def shard_process(spec: JobSpec, job_id: str, coordinator: str, index: int, address: str) -> Process:
     """Shard ``index``, listening at ``address``."""
-    config = {
-        "job": job_id,
-        "shard": index,
-        "shard_epoch": 0,
-        "coordinator": coordinator,
-        "endpoint": address,
-        "workers": spec.workers,
-        "shards": spec.shards,
-        "mode": spec.mode,
-        "chunk_bytes": spec.settings.chunk_bytes,
-        "timeout_s": spec.settings.timeout_s,
-        "start_timeout_s": spec.settings.start_timeout_s,
-    }
-    command = [sys.executable, "-u", "-m", "downpour_server"]
-    return command, {**_environment(spec), SHARD_VARIABLE: json.dumps(config)}
+    config = ShardConfig(
+        job=job_id,
+        shard=index,
+        shard_epoch=0,
+        coordinator=coordinator,
+        endpoint=address,
+        workers=spec.workers,
+        shards=spec.shards,
+        mode=spec.mode,
+        chunk_bytes=spec.settings.chunk_bytes,
+        timeout_s=spec.settings.timeout_s,
+        start_timeout_s=spec.settings.start_timeout_s,
+    )
+    return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec), **config.to_environment()}
 
 
 def _environment(spec: JobSpec) -> dict[str, str]:

@@ -265,13 +265,12 @@ class LocalJob:
             return None
         error = await self._pump_until(future, self._spec.settings.timeout_s)
         path = os.path.join(self._spec.out, "model.safetensors")
+        folder = checkpoints.folder_of(self._spec.out, self._snapshots)
         if not error:
             try:
-                number = self._snapshots
-                export_model(checkpoints.load(checkpoints.folder_of(self._spec.out, number)), path)
+                export_model(checkpoints.load(folder), path)
             except CheckpointError as problem:
-                kept = checkpoints.folder_of(self._spec.out, self._snapshots)
-                error = f"{problem}. The weights are safe in {kept}; make room and run again with --resume"
+                error = f"{problem}. The weights are safe in {folder}; make room and run again with --resume"
         if error:
             message = f"training ended well, but its result could not be written: {error}"
             self._fail(Failure("run", -1, exitcodes.IO_ERROR, message))

@@ -11,7 +11,8 @@ from types import FrameType
 from downpour_common import exitcodes, wire
 from downpour_common.errors import DownpourError
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
-from downpour_server.service import VARIABLE, ShardConfig, ShardService, use_this_process
+from downpour_server.config import VARIABLE, ShardConfig
+from downpour_server.service import ShardService, use_this_process
 
 
 def main() -> int:

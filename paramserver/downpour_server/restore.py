@@ -62,8 +62,9 @@ def restore(folder: str, layout: Layout, chunks: dict[int, StoredChunk]) -> int:
     homes = _homes(old)
     with ExitStack() as stack:
         files = {name: stack.enter_context(TensorFile(os.path.join(folder, name))) for name, _ in rows.values()}
+        parts = _parts(rows, files)
         for stored in chunks.values():
-            _restore_chunk(stored, layout, old, homes, rows, files)
+            _restore_chunk(stored, layout, old, homes, rows, files, parts)
     return clock
 
 
@@ -90,6 +91,17 @@ def _homes(layout: Layout) -> dict[str, list[tuple[Chunk, _Span]]]:
     return homes
 
 
+def _parts(rows: dict[int, tuple[str, dict[str, Any]]], files: dict[str, TensorFile]) -> dict[int, list[str]]:
+    """What each old chunk's own file holds of it: ``weights`` and the names of the rule's tensors."""
+    parts: dict[int, list[str]] = {}
+    for name, file in files.items():
+        for key in file:
+            index, _, part = key.partition(".")
+            if index.isdecimal() and rows.get(int(index), ("",))[0] == name:
+                parts.setdefault(int(index), []).append(part)
+    return parts
+
+
 def _restore_chunk(
     stored: StoredChunk,
     layout: Layout,
@@ -97,6 +109,7 @@ def _restore_chunk(
     homes: dict[str, list[tuple[Chunk, _Span]]],
     rows: dict[int, tuple[str, dict[str, Any]]],
     files: dict[str, TensorFile],
+    parts: dict[int, list[str]],
 ) -> None:
     same_rule = old.model.rule == layout.model.rule
     dtype = torch_dtype(stored.chunk.dtype)
@@ -109,19 +122,17 @@ def _restore_chunk(
             if low >= high:
                 continue
             name, row = rows[chunk.index]
-            if f"{chunk.index}.weights" not in files[name]:
+            if "weights" not in parts.get(chunk.index, ()):
                 raise CheckpointError(files[name].path, f"does not hold the weights of chunk {chunk.index}")
             version = max(version, row["version"])
             for scalar, value in row["scalars"].items() if same_rule else ():
                 scalars[scalar] = max(value, scalars.get(scalar, value))
-            prefix = f"{chunk.index}."
-            for key in files[name]:
-                if not key.startswith(prefix) or not (same_rule or key == prefix + "weights"):
+            for part in parts[chunk.index]:
+                if not (same_rule or part == "weights"):
                     continue
+                key = f"{chunk.index}.{part}"
                 source = from_bytes(files[name][key], files[name].heads[key].dtype)
-                target = tensors.setdefault(
-                    key.removeprefix(prefix), torch.zeros(stored.chunk.numel, dtype=source.dtype)
-                )
+                target = tensors.setdefault(part, torch.zeros(stored.chunk.numel, dtype=source.dtype))
                 count = high - low
                 at = span.at + low - span.first
                 start = home.at + low - home.first

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,39 +13,21 @@ import torch
 from downpour_common import messages as m
 from downpour_common import sharing
 from downpour_common.errors import ConfigError, DownpourError, PeerTimeout, ProtocolError
-from downpour_common.layout import ModelSpec, SharedLayout, plan
+from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
 from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
+from downpour_server.config import ShardConfig
 from downpour_server.restore import restore
 from downpour_server.rules import RULES
 from downpour_server.shard import Attach, Effect, Identity, Reply, SendWeights, Shard
 from downpour_server.snapshot import WriteSnapshot, write
 
-VARIABLE = "DOWNPOUR_SHARD"
-"""The environment variable with the process' :class:`ShardConfig`; unlike arguments, other users cannot read it."""
 IDLE_S = 0.02
 """Longest wait for data before the control channel is looked at."""
 REPORT_S = 0.5
 TICK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ShardConfig:
-    """All that a shard process is told when it is started."""
-
-    job: str
-    shard: int
-    shard_epoch: int
-    coordinator: str
-    endpoint: str
-    workers: int
-    shards: int
-    mode: str
-    chunk_bytes: int
-    timeout_s: float
-    start_timeout_s: float
 
 
 class ShardService:
@@ -156,7 +137,7 @@ class ShardService:
     def _attach(self, effect: Attach) -> None:
         assert self._shard is not None
         offer = effect.offer
-        memory = sharing.attach(SharedLayout(self._shard.layout), offer.pid, offer.fd, offer.nonce)
+        memory = sharing.attach(self._shard.shared_layout, offer.pid, offer.fd, offer.nonce)
         self._carry_out(self._shard.attached(effect, memory))
 
     def _begin_writing(self, effect: WriteSnapshot) -> None:

@@ -67,6 +67,9 @@ class Attach:
 
 Effect = Reply | SendWeights | WriteSnapshot | Attach
 
+FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory
+"""What a worker sends, which says who it is."""
+
 
 @dataclass(slots=True)
 class _Fetch:
@@ -103,7 +106,7 @@ class Shard:
         self._ending: list[tuple[Peer, int, float]] = []
         self._worker_epochs: dict[int, int] = {}
         self._shared: dict[int, tuple[int, memoryview]] = {}
-        self._shared_layout = SharedLayout(layout)
+        self.shared_layout = SharedLayout(layout)
         self._capture: Capture | None = None
         self._position: tuple[int, ...] = ()
 
@@ -126,23 +129,23 @@ class Shard:
             case m.PushPullShared():
                 self._contribute_shared(peer, message, now_s, effects)
             case m.Pull():
-                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                if self._admits(peer, message, effects):
                     self._fetch(peer, message, now_s, effects)
             case m.AttachMemory():
-                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                if self._admits(peer, message, effects):
                     effects.append(Attach(peer, message))
             case m.Hello():
                 self._hello(peer, message, effects)
             case m.Init():
-                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                if self._admits(peer, message, effects):
                     self._initialise(peer, message, effects)
             case m.EndEpoch():
-                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                if self._admits(peer, message, effects):
                     self._ending.append((peer, message.request, now_s))
                     self._members.end_epoch(message.slot)
                     self._members_changed(effects)
             case m.Leave():
-                if self._admits(peer, message, message.job, message.slot, message.worker_epoch, effects):
+                if self._admits(peer, message, effects):
                     effects.append(Reply(peer, m.Ack(message.request, 0)))
                     self._members.leave(message.slot)
                     self._members_changed(effects)
@@ -205,12 +208,12 @@ class Shard:
             reason = f"chunk {push.chunk} is not in memory that worker/{push.slot} shares with this shard"
             self._refuse(peer, push.request, Refusal.NOT_SHARED, reason, effects)
         else:
-            self._contribute(peer, push, memory[self._shared_layout.gradient(stored.chunk)], now_s, effects)
+            self._contribute(peer, push, memory[self.shared_layout.gradient(stored.chunk)], now_s, effects)
 
     def _contribute(
         self, peer: Peer, push: m.Contribution, payload: m.Buffer, now_s: float, effects: list[Effect]
     ) -> None:
-        if not self._admits(peer, push, push.job, push.slot, push.worker_epoch, effects):
+        if not self._admits(peer, push, effects):
             return
         stored = self._stored(peer, push.request, push.chunk, payload, effects)
         if stored is None:
@@ -287,7 +290,7 @@ class Shard:
             self.stats.bytes_out += stored.chunk.nbytes
             if fetch.shared:
                 memory = self._shared[fetch.slot][1]
-                target = from_bytes(memory[self._shared_layout.weights(stored.chunk)], stored.chunk.dtype)
+                target = from_bytes(memory[self.shared_layout.weights(stored.chunk)], stored.chunk.dtype)
                 target.copy_(stored.weights)
                 effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, stored.version)))
             else:
@@ -311,7 +314,7 @@ class Shard:
     # ------------------------------------------------------------ everything else
 
     def _hello(self, peer: Peer, hello: m.Hello, effects: list[Effect]) -> None:
-        if not self._admits(peer, hello, hello.job, hello.slot, hello.worker_epoch, effects):
+        if not self._admits(peer, hello, effects):
             return
         if hello.digest != self.layout.digest:
             reason = f"worker/{hello.slot} has a model of another layout than the job"
@@ -353,10 +356,9 @@ class Shard:
             return None
         return stored
 
-    def _admits(
-        self, peer: Peer, message: m.Request, job: str, slot: int, worker_epoch: int, effects: list[Effect]
-    ) -> bool:
+    def _admits(self, peer: Peer, message: FromWorker, effects: list[Effect]) -> bool:
         """Whether the sender belongs here: the job's own, a known slot, the newest epoch of its worker."""
+        job, slot, worker_epoch = message.job, message.slot, message.worker_epoch
         if job != self.identity.job:
             reason = f"this is a shard of job {self.identity.job}, not of {job}"
             self._refuse(peer, message.request, Refusal.WRONG_JOB, reason, effects)

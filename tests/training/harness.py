@@ -13,7 +13,8 @@ from downpour_common.modes import parse_mode
 from downpour_common.transport.memory import MemoryNetwork
 from downpour_coordinator.service import CoordinatorService
 from downpour_coordinator.state import Coordinator, JobFacts
-from downpour_server.service import ShardConfig, ShardService
+from downpour_server.config import ShardConfig
+from downpour_server.service import ShardService
 
 CONTEXT = WorkerContext(
     job="test",
