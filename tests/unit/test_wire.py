@@ -120,7 +120,8 @@ def _assert_conforms(message: Message) -> None:
 
 def test_all_messages_are_found() -> None:
     """A dataclass that forgets its TAG could be neither sent nor noticed."""
-    assert set(DECLARED) - set(MESSAGES) == {m.Message, m.Request, m.Contribution}
+    bases = {m.Message, m.Request, m.Contribution, m.FromShard, m.WorkerRequest, m.WorkerNotice}
+    assert set(DECLARED) - set(MESSAGES) == bases
     assert len({cls.TAG for cls in MESSAGES}) == len(MESSAGES) > 20
 
 
@@ -156,7 +157,7 @@ def test_messages_without_payload_have_one_frame() -> None:
 
 
 def test_not_a_number_passes_where_floats_do() -> None:
-    logged = wire.decode(wire.encode(m.LogMetrics(0, 1, {"loss": math.nan, "best": -math.inf})))
+    logged = wire.decode(wire.encode(m.LogMetrics(7, "j", 0, 0, 1, {"loss": math.nan, "best": -math.inf})))
     assert isinstance(logged, m.LogMetrics)
     assert math.isnan(logged.values["loss"])
     assert logged.values["best"] == -math.inf
@@ -234,19 +235,19 @@ def _hello(**fields_: Any) -> bytes:
 
 
 def _log(values: Any) -> bytes:
-    packed: bytes = msgpack.packb([m.LogMetrics.TAG, 0, 0, values])
+    packed: bytes = msgpack.packb([m.LogMetrics.TAG, 7, "j", 0, 0, 0, values])
     return packed
 
 
 def _welcome(shards: Any, position: Any) -> bytes:
-    packed: bytes = msgpack.packb([m.Welcome.TAG, 1, shards, False, 0, position])
+    packed: bytes = msgpack.packb([m.Welcome.TAG, 1, shards, False, 0, position, [0]])
     return packed
 
 
 def test_the_frames_that_the_bad_ones_are_made_from_are_sound() -> None:
     assert wire.decode([_hello()]) == m.Hello(7, "j", 2, 0, "ab")
-    assert wire.decode([_log({"a": 1})]) == m.LogMetrics(0, 0, {"a": 1})
-    assert wire.decode([_welcome(["a"], [0, 1])]) == m.Welcome(1, ("a",), False, 0, (0, 1))
+    assert wire.decode([_log({"a": 1})]) == m.LogMetrics(7, "j", 0, 0, 0, {"a": 1})
+    assert wire.decode([_welcome(["a"], [0, 1])]) == m.Welcome(1, ("a",), False, 0, (0, 1), (0,))
 
 
 PULL = bytes(wire.encode(m.Pull(1, "j", 0, 0, 3))[0])

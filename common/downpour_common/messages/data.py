@@ -1,0 +1,169 @@
+"""Data plane: workers and shards.
+
+Identity of a contribution: (job, shard_epoch, slot, worker_epoch, seq, chunk), and what it was computed on,
+``base_version``. It stands in the payload; ZeroMQ's routing identity never counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from downpour_common.messages.base import Buffer, Request
+
+# ---------------------------------------------------------------- worker → shard
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Request):
+    """A worker introduces itself. Answered by :class:`HelloReply`, :class:`Refused`."""
+
+    TAG = 1
+    job: str
+    slot: int
+    worker_epoch: int
+    digest: str
+    """hex digest of the worker's ModelSpec"""
+
+
+@dataclass(frozen=True, slots=True)
+class Init(Request):
+    """The chief's initial weights of one chunk. Answered by :class:`Ack`."""
+
+    TAG = 2
+    job: str
+    slot: int
+    worker_epoch: int
+    chunk: int
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution(Request):
+    """What one worker adds to one chunk: base of :class:`Push`, :class:`PushPull` and :class:`PushPullShared`."""
+
+    job: str
+    shard_epoch: int
+    slot: int
+    worker_epoch: int
+    seq: int
+    """number of this contribution of this worker to this chunk's kind, from the job's start clock upwards"""
+    base_version: int
+    """version of the chunk that the contribution was computed on"""
+    chunk: int
+    samples: int
+    """training samples behind the contribution: its weight in an average"""
+    position: tuple[int, ...]
+    """(epoch, offset in samples) of the training data after this contribution; what a resumed job goes on from"""
+    hyper: bytes
+    """msgpack map of the parameter group's options in force (lr, …); empty: as before"""
+
+
+@dataclass(frozen=True, slots=True)
+class Push(Contribution):
+    """Add a contribution. Answered by :class:`Ack` once it is accepted."""
+
+    TAG = 3
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class PushPull(Contribution):
+    """Add a contribution and fetch the chunk when the policy allows. Answered by :class:`Weights`."""
+
+    TAG = 4
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull(Request):
+    """Fetch the newest weights of a chunk, once it is initialised. Answered by :class:`Weights`."""
+
+    TAG = 5
+    job: str
+    slot: int
+    worker_epoch: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndEpoch(Request):
+    """No more contributions of this worker until every other live one says the same; :class:`Ack` comes then."""
+
+    TAG = 6
+    job: str
+    slot: int
+    worker_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave(Request):
+    """No more contributions of this worker, ever. Answered by :class:`Ack`."""
+
+    TAG = 7
+    job: str
+    slot: int
+    worker_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttachMemory(Request):
+    """Offer the shard memory to share: file descriptor ``fd`` of process ``pid``, laid out as ``layout.SharedLayout``.
+
+    Answered by :class:`Ack` once the shard has mapped it and found ``nonce`` at its end, else by :class:`Refused`;
+    the worker then goes on without.
+    """
+
+    TAG = 8
+    job: str
+    slot: int
+    worker_epoch: int
+    pid: int
+    fd: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushPullShared(Contribution):
+    """As :class:`PushPull`, with the contribution in shared memory. Answered by :class:`WeightsShared`.
+
+    The contribution must stay unchanged, and the weights unread, until the answer.
+    """
+
+    TAG = 9
+
+
+# ---------------------------------------------------------------- shard → worker
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReply(Request):
+    """The shard's side of :class:`Hello`."""
+
+    TAG = 16
+    shard: int
+    shard_epoch: int
+    clock: int
+    """the next seq that the shard expects of a worker"""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights(Request):
+    """A chunk's weights at ``version``."""
+
+    TAG = 18
+    chunk: int
+    version: int
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsShared(Request):
+    """A chunk's weights at ``version`` are in the worker's shared memory."""
+
+    TAG = 20
+    chunk: int
+    version: int
