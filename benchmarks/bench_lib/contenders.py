@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from bench_lib.contender import Contender, Entry, Spec
+
+if TYPE_CHECKING:
+    from bench_lib.ours import Way
 
 REFERENCE = "zmq-ipc"  # what goodputs are compared with
 
@@ -25,8 +30,10 @@ def registry() -> list[Entry]:
         Entry("adam-fused", "limit", 1, STEP, _adam),
         Entry("torch-rpc-ps", "peer", 2, PUSH_PULL, _torch_rpc),
         Entry("gloo-allreduce", "peer", 2, ALL_REDUCE, _gloo),
-        Entry("downpour", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, shared=True)),
-        Entry("downpour-ipc", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, shared=False)),
+        Entry("downpour", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "memory")),
+        Entry("downpour-ipc", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "ipc")),
+        Entry("downpour-tcp", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "tcp")),
+        Entry("downpour-curve", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "curve")),
     ]
 
 
@@ -72,7 +79,7 @@ def _gloo(name: str, spec: Spec) -> Contender:
     return GlooContender(name, spec)
 
 
-def _ours(name: str, spec: Spec, shared: bool) -> Contender:
+def _ours(name: str, spec: Spec, way: Way) -> Contender:
     from bench_lib.ours import DownpourContender
 
-    return DownpourContender(name, spec, shared=shared)
+    return DownpourContender(name, spec, way)

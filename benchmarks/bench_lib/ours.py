@@ -6,13 +6,14 @@ The same code as in a job: a session with its I/O thread, the shard's service, t
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,11 +24,13 @@ from bench_lib.crew import Crew
 from downpour.context import WorkerContext
 from downpour.session import Session
 from downpour_common import wire
+from downpour_common.keys import ClientKeys, KeyPair, ServerKeys
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
-from downpour_common.transport.zeromq import ZmqClient, ZmqServer
-from downpour_coordinator.service import CoordinatorService
-from downpour_coordinator.state import Coordinator, JobFacts
+from downpour_common.transport.zeromq import ZmqClient, ZmqServer, new_key_pair
+from downpour_coordinator.effects import Send
+from downpour_coordinator.facts import JobFacts
+from downpour_coordinator.training import Training
 from downpour_server.config import ShardConfig
 from downpour_server.service import ShardService, use_this_process
 
@@ -37,24 +40,37 @@ CHUNK_BYTES = 1 << 20
 LR = 1e-3
 
 
+Way = Literal["memory", "ipc", "tcp", "curve"]
+"""How the payloads go: shared memory with headers over ipc, or in frames over ipc, TCP, or TCP with CURVE."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the three processes prove to each other."""
+
+    coordinator: KeyPair
+    shard: KeyPair
+    worker: KeyPair
+
+
 class DownpourContender:
-    """Three processes: coordinator, shard, worker; over ``ipc://`` as ``downpour run`` does.
+    """Three processes: coordinator, shard, worker; over ``ipc://`` as ``downpour run`` does, or over loopback TCP."""
 
-    With ``shared``, gradient and weights lie in memory that both map, and only headers are sent.
-    """
-
-    def __init__(self, name: str, spec: Spec, *, shared: bool) -> None:
+    def __init__(self, name: str, spec: Spec, way: Way) -> None:
         self.name = name
         self._spec = spec
-        self._shared = shared
+        self._way = way
         self._crew = Crew(name, spec.timeout_s)
         self._folder = tempfile.TemporaryDirectory(prefix="downpour-bench-")
 
     def start(self) -> None:
-        folder, timeout_s = self._folder.name, self._spec.timeout_s
-        self._crew.spawn("coordinator", coordinator, folder)
-        self._crew.spawn("shard", shard, folder, timeout_s)
-        self._crew.spawn("worker", worker, folder, self._spec.floats, timeout_s, self._shared)
+        timeout_s = self._spec.timeout_s
+        keys = Keys(new_key_pair(), new_key_pair(), new_key_pair()) if self._way == "curve" else None
+        self._crew.spawn("coordinator", coordinator, self._endpoint("coordinator"), keys)
+        address = self._crew.hear("coordinator")
+        self._crew.spawn("shard", shard, self._endpoint("shard"), address, timeout_s, keys)
+        shared = self._way == "memory"
+        self._crew.spawn("worker", worker, address, self._spec.floats, timeout_s, shared, keys)
         self._crew.await_ready()
 
     def run_once(self) -> float:
@@ -64,24 +80,33 @@ class DownpourContender:
         self._crew.close()
         self._folder.cleanup()
 
-
-def address(folder: str, name: str) -> str:
-    """The socket of a process."""
-    return f"ipc://{os.path.join(folder, name)}"
+    def _endpoint(self, name: str) -> str:
+        if self._way in ("tcp", "curve"):
+            return "tcp://127.0.0.1:0"
+        return f"ipc://{os.path.join(self._folder.name, name)}"
 
 
 @contextmanager
-def coordinator(_tell: Tell, folder: str) -> Iterator[RunOnce]:
-    """The control plane, idle while runs are timed."""
-    transport = ZmqServer(address(folder, "coordinator"), wire.CONTROL_HEADER_LIMIT)
+def coordinator(tell: Tell, endpoint: str, keys: Keys | None) -> Iterator[RunOnce]:
+    """The control plane, idle while runs are timed; tells its address."""
+    allowed = {} if keys is None else {keys.shard.public: "server", keys.worker.public: "worker"}
+    accepted = None if keys is None else ServerKeys(keys.coordinator, allowed)
+    transport = ZmqServer(endpoint, wire.CONTROL_HEADER_LIMIT, accepted)
+    tell(transport.address)
     facts = JobFacts(JOB, 1, 1, parse_mode(MODE), 0, CHUNK_BYTES)
-    service = CoordinatorService(Coordinator(facts), transport, io.StringIO(), lambda *_: None)
+    training = Training(facts)
     over = threading.Event()
 
     def pump() -> None:
         while not over.is_set():
-            service.pump(0.05)
-        service.carry_out(service.state.stop_shards())
+            for peer, message in transport.poll(0.05):
+                send(training.handle(peer, message))
+        send(training.stop_shards())
+
+    def send(effects: Sequence[object]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                transport.send(effect.peer, effect.message)
 
     thread = threading.Thread(target=pump)
     thread.start()
@@ -94,15 +119,15 @@ def coordinator(_tell: Tell, folder: str) -> Iterator[RunOnce]:
 
 
 @contextmanager
-def shard(_tell: Tell, folder: str, timeout_s: float) -> Iterator[RunOnce]:
+def shard(_tell: Tell, endpoint: str, coordinator_at: str, timeout_s: float, keys: Keys | None) -> Iterator[RunOnce]:
     """The shard; its service has a thread of its own, the main one only waits for the parent."""
     use_this_process(1)
     config = ShardConfig(
         job=JOB,
         shard=0,
         shard_epoch=0,
-        coordinator=address(folder, "coordinator"),
-        endpoint=address(folder, "shard"),
+        coordinator=coordinator_at,
+        endpoint=endpoint,
         workers=1,
         shards=1,
         mode=MODE,
@@ -110,11 +135,13 @@ def shard(_tell: Tell, folder: str, timeout_s: float) -> Iterator[RunOnce]:
         timeout_s=timeout_s,
         start_timeout_s=timeout_s,
     )
-    control = ZmqClient(wire.CONTROL_HEADER_LIMIT)
+    accepted = None if keys is None else ServerKeys(keys.shard, {keys.worker.public: "worker"})
+    shown = None if keys is None else ClientKeys(keys.shard, {}, keys.coordinator.public)
+    control = ZmqClient(wire.CONTROL_HEADER_LIMIT, shown)
 
     def serve() -> None:
         with torch.no_grad():
-            data = ZmqServer(config.endpoint)
+            data = ZmqServer(config.endpoint, keys=accepted)
             try:
                 ShardService(config, data, control).run()
             finally:
@@ -128,7 +155,9 @@ def shard(_tell: Tell, folder: str, timeout_s: float) -> Iterator[RunOnce]:
 
 
 @contextmanager
-def worker(_tell: Tell, folder: str, floats: int, timeout_s: float, shared: bool) -> Iterator[RunOnce]:
+def worker(
+    _tell: Tell, coordinator_at: str, floats: int, timeout_s: float, shared: bool, keys: Keys | None
+) -> Iterator[RunOnce]:
     """A replica whose model is one vector, and whose gradient is always one."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -138,7 +167,7 @@ def worker(_tell: Tell, folder: str, floats: int, timeout_s: float, shared: bool
         worker_epoch=0,
         workers=1,
         shards=1,
-        coordinator=address(folder, "coordinator"),
+        coordinator=coordinator_at,
         mode=MODE,
         device="cpu",
         seed=0,
@@ -153,7 +182,9 @@ def worker(_tell: Tell, folder: str, floats: int, timeout_s: float, shared: bool
     )
     model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(floats))})
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT))
+    servers = {} if keys is None else {coordinator_at: keys.coordinator.public}
+    shown = None if keys is None else ClientKeys(keys.worker, servers, keys.shard.public)
+    session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT, shown))
     session.prepare(model, optimizer, [])
     weights = model["w"]
     assert weights.grad is not None
