@@ -4,24 +4,95 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
 
 from downpour_common.errors import ConfigError
 from downpour_common.modes import Mode, parse_mode
+from downpour_common.sizes import parse_bytes
 
-JobName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+# ---------------------------------------------------------------- kinds of values
 
 
-class Settings(BaseModel):
-    """What ``--set key=value`` sets. Sizes in bytes, times in seconds."""
+def _matching(pattern: str, rule: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(rule)
+        return text
 
+    return AfterValidator(check)
+
+
+def _bytes_from_text(value: object) -> object:
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _variable(name: str) -> str:
+    if name.startswith("DOWNPOUR_"):
+        raise ValueError("names that begin with DOWNPOUR_ are kept for Downpour's own variables")
+    return name
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("may not hold a NUL character")
+    return text
+
+
+_NAME = r"[a-z0-9][a-z0-9-]{0,63}"
+_NAME_RULE = "1 to 64 of a-z, 0-9 and -, not beginning with -"
+JobName = Annotated[str, _matching(_NAME, _NAME_RULE)]
+LabelName = Annotated[str, _matching(_NAME, f"a label's name has {_NAME_RULE}")]
+LabelValue = Annotated[
+    str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a label's value has 1 to 64 of A-Z, a-z, 0-9, ., _ and -")
+]
+EnvName = Annotated[
+    str,
+    _matching(r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z, a-z, _ and, but for the first, 0-9"),
+    AfterValidator(_variable),
+]
+EnvValue = Annotated[str, AfterValidator(_without_nul)]
+ByteCount = Annotated[int, BeforeValidator(_bytes_from_text)]
+"""Bytes as a number, or as a text such as ``512MiB``."""
+Labels = dict[LabelName, LabelValue]
+
+
+class _Description(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    chunk_bytes: int = Field(1 << 20, ge=1024, le=64 << 20, description="largest chunk, the unit of transfer")
-    window_bytes: int = Field(16 << 20, ge=1 << 16, description="unacknowledged bytes per worker and shard")
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        if type(value) is bool and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true or false makes no sense here")
+        return value
+
+
+# ---------------------------------------------------------------- a job
+
+
+class Settings(_Description):
+    """What ``--set key=value`` sets. Sizes in bytes, times in seconds."""
+
+    chunk_bytes: ByteCount = Field(1 << 20, ge=1024, le=64 << 20, description="largest chunk, the unit of transfer")
+    window_bytes: ByteCount = Field(16 << 20, ge=1 << 16, description="unacknowledged bytes per worker and shard")
     n_push: int = Field(1, ge=1, description="async: steps between pushes of the accrued gradient")
     n_fetch: int = Field(1, ge=1, description="async: steps between fetches of the weights")
     buffers: Literal["average", "chief", "local"] = Field(
@@ -37,23 +108,31 @@ class Settings(BaseModel):
     grace_s: float = Field(5.0, ge=0, description="time between SIGTERM and SIGKILL for a script that is stopped")
 
 
-class JobSpec(BaseModel):
-    """One training run: a script, its arguments, its counts of workers and shards, its mode."""
+class JobSpec(_Description):
+    """One training run: a script, its arguments, its counts of workers and shards, its mode.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Paths are as given. In a job that has been submitted ``script`` is relative to ``folder``, and ``folder`` is ``.``.
+    """
 
     name: JobName
-    script: str
+    script: str = Field(min_length=1)
     args: tuple[str, ...] = ()
+    folder: str = Field("", description="what travels to a cluster; empty: the script's folder")
     workers: int = Field(ge=1, le=4096)
+    min_workers: int | None = Field(None, ge=1, le=4096, description="fewest to go on with; none: all of them")
     shards: int = Field(ge=1, le=4096)
     mode: str = "async"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(ge=1, description="OMP_NUM_THREADS of each process")
+    threads: int = Field(0, ge=0, le=4096, description="OMP_NUM_THREADS of each process; 0: chosen on its host")
+    shard_memory: ByteCount = Field(256 << 20, ge=1, lt=1 << 63, description="bytes that a shard needs, for placement")
     seed: int = Field(0, ge=0, lt=1 << 63)
-    out: str
+    restarts: int = Field(0, ge=0, le=1_000_000, description="how often to begin again, or to replace a lost worker")
+    out: str = Field("", description="run directory; empty, in a cluster: the coordinator's own place for the job")
     resume: str | None = None
     settings: Settings = Settings()
+    env: dict[EnvName, EnvValue] = Field({}, description="variables of the job's processes")
+    worker_labels: Labels = Field({}, description="what a node must have to run workers")
+    server_labels: Labels = Field({}, description="what a node must have to run shards")
 
     @field_validator("mode")
     @classmethod
@@ -68,18 +147,29 @@ class JobSpec(BaseModel):
         """``mode``, parsed."""
         return parse_mode(self.mode)
 
+    @property
+    def fewest_workers(self) -> int:
+        """``min_workers``, or all."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+
+TABLES = ("settings", "env", "worker_labels", "server_labels")
+"""The fields that are tables of their own in a job file."""
+
 
 def job_spec(**fields: Any) -> JobSpec:
     """Make a :class:`JobSpec`; raises :class:`ConfigError` with every problem, each with its path."""
     try:
         spec = JobSpec(**fields)
     except ValidationError as error:
-        raise ConfigError(*_problems(error)) from None
+        raise ConfigError(*describe(error)) from None
     settings, problems = spec.settings, []
     if spec.parsed_mode.name != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
         problems.append(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges every step")
     if settings.port and settings.transport != "tcp":
         problems.append("settings.port: only for transport=tcp; add --set transport=tcp")
+    if spec.fewest_workers > spec.workers:
+        problems.append(f"min_workers: at most workers, which is {spec.workers} (found {spec.min_workers})")
     if problems:
         raise ConfigError(*problems)
     return spec
@@ -104,23 +194,82 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, str]:
     return values
 
 
-def _problems(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{path}: {message} (found {item['input']!r})")
-    return lines
+def parse_env(assignments: Iterable[str]) -> dict[str, str]:
+    """``["NAME=value", …]`` of ``--env`` → dict; raises :class:`ConfigError`. The names are checked with the job."""
+    return _pairs("--env", assignments)
+
+
+def parse_labels(option: str, assignments: Iterable[str]) -> dict[str, str]:
+    """``["gpu=a100", …]`` of ``option`` → labels; raises :class:`ConfigError` that names the option."""
+    values = _pairs(option, assignments)
+    try:
+        return _LABELS.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(*(f"{option} {line}" for line in describe(error))) from None
+
+
+_LABELS = TypeAdapter(Labels)
+
+
+def _pairs(option: str, assignments: Iterable[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    problems = []
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{option} {text}: expected name=value")
+        elif values.setdefault(key, value) != value:
+            problems.append(f"{option} {key}: given twice, with different values")
+    if problems:
+        raise ConfigError(*problems)
+    return values
+
+
+def describe(error: ValidationError, absent_too: bool = True) -> list[str]:
+    """Every problem in words, each with its path; those of fields that are absent only with ``absent_too``."""
+    return [_in_words(item) for item in error.errors() if absent_too or item["type"] != "missing"]
+
+
+def _in_words(item: ErrorDetails) -> str:
+    path = [str(part) for part in item["loc"] if part != "[key]"]
+    where = ".".join(path)
+    match item["type"]:
+        case "missing":
+            return f"{where}: is missing"
+        case "extra_forbidden":
+            return f"{where}: {_unknown(path)}"
+        case "string_type":
+            return f"{where}: expected a text, in quotes (found {item['input']!r})"
+        case "dict_type" | "model_type":
+            return f"{where}: expected a table, [{where}] (found {item['input']!r})"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})"
+
+
+def _unknown(path: list[str]) -> str:
+    """What to write instead of a key that nobody knows."""
+    here, there = set(JobSpec.model_fields), set(Settings.model_fields)
+    key, elsewhere = path[-1], "it belongs below [settings]"
+    if path[0] == "settings" and len(path) > 1:
+        here, there, elsewhere = there, here, "it belongs above the tables, before the first [...]"
+    if key in there and key not in here:
+        return f"no such key here; {elsewhere}"
+    near = difflib.get_close_matches(key, sorted(here), n=1)
+    return f"no such key; did you mean {near[0]}?" if near else f"no such key; known: {', '.join(sorted(here))}"
 
 
 def to_toml(spec: JobSpec) -> str:
-    """The resolved job as TOML. Bytes of arguments that are not UTF-8 become U+FFFD."""
-    top = spec.model_dump(exclude={"settings"}, exclude_none=True)
-    return _table(top) + "\n[settings]\n" + _table(spec.settings.model_dump())
+    """The job as a job file, without empty tables. Bytes of arguments that are not UTF-8 become U+FFFD."""
+    values = spec.model_dump(exclude_none=True)
+    tables = [(name, values.pop(name)) for name in TABLES]
+    return _table(values) + "".join(f"\n[{name}]\n{_table(table)}" for name, table in tables if table)
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+    return "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:

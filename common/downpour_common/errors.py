@@ -12,6 +12,7 @@
     │   └── PeerRefused        … and said why
     ├── NonFiniteContribution  a gradient holds NaN or Inf
     ├── CheckpointError        a checkpoint cannot be written, read or used (exit code 74)
+    ├── BundleError            a script's folder cannot travel, or what came is not what was sent
     └── JobFailed              a process of the job failed
 
 Facts stand in attributes; the message is for people and says what to do.
@@ -93,5 +94,36 @@ class CheckpointError(DownpourError):
         super().__init__(f"{path}: {message}")
 
 
+class BundleError(DownpourError):
+    """A script's folder cannot be packed, or a bundle not unpacked.
+
+    ``path`` names the folder or the bundle; ``problems`` lists what is wrong with it, one line each.
+    """
+
+    def __init__(self, path: str, *problems: str) -> None:
+        self.path = path
+        self.problems = problems
+        super().__init__("\n".join(f"{path}: {problem}" for problem in problems))
+
+
 class JobFailed(DownpourError):
-    """A process of the job failed."""
+    """A process of the job failed, the first of those that did.
+
+    ``role`` and ``index`` (-1: not one process) name it, ``host`` is where it ran ("" where that is not known),
+    ``exit_code`` what it ended with (None: nobody saw it end), ``traceback`` its traceback or last output.
+    """
+
+    def __init__(
+        self, job: str, role: str, index: int, host: str, exit_code: int | None, message: str, traceback: str
+    ) -> None:
+        self.job = job
+        self.role = role
+        self.index = index
+        self.host = host
+        self.exit_code = exit_code
+        self.traceback = traceback
+        who = f"{role}/{index}" if index >= 0 else role
+        where = f" on {host}" if host else ""
+        code = "" if exit_code is None else f" (exit code {exit_code})"
+        details = f"\n\n{traceback.rstrip()}" if traceback.strip() else ""
+        super().__init__(f"job {job}: {who}{where} failed{code}: {message}{details}")

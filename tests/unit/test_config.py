@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downpour_common.config import JobSpec, Settings, job_spec, parse_settings, to_toml
+from downpour_common.config import JobSpec, Settings, job_spec, parse_env, parse_labels, parse_settings, to_toml
 from downpour_common.errors import ConfigError
 from downpour_common.modes import MODES, Mode, parse_mode
 
@@ -167,6 +167,127 @@ def test_a_field_that_does_not_exist_is_refused() -> None:
     assert problems(worker=3)[0].startswith("worker: ")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"wrokers": 3}, "wrokers: no such key; did you mean workers?"),
+        ({"worker_label": {}}, "worker_label: no such key; did you mean worker_labels?"),
+        ({"zzz": 3}, "zzz: no such key; known: args, device, env, "),
+        ({"n_push": 3}, "n_push: no such key here; it belongs below [settings]"),
+        ({"settings": {"n_psuh": 3}}, "settings.n_psuh: no such key; did you mean n_push?"),
+        ({"settings": {"seed": 3}}, "settings.seed: no such key here; it belongs above the tables"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_what_was_meant(given: dict[str, Any], words: str) -> None:
+    assert problems(**given)[0].startswith(words)
+
+
+def test_what_is_missing_is_said_in_few_words() -> None:
+    with pytest.raises(ConfigError) as caught:
+        job_spec(script="train.py", workers=1)
+    assert caught.value.problems == ("name: is missing", "shards: is missing")
+
+
+# ---------------------------------------------------------------- jobs of a cluster
+
+
+def test_what_a_cluster_needs_has_defaults_that_change_nothing() -> None:
+    spec = job_spec(name="digits", script="train.py", workers=4, shards=2)
+    assert (spec.min_workers, spec.fewest_workers, spec.restarts, spec.threads, spec.out) == (None, 4, 0, 0, "")
+    assert (spec.env, spec.worker_labels, spec.server_labels, spec.folder) == ({}, {}, {}, "")
+    assert spec.shard_memory == 256 << 20
+
+
+def test_fewer_workers_are_enough_but_never_more() -> None:
+    assert job_spec(**GOOD, min_workers=2).fewest_workers == 2
+    assert job_spec(**GOOD, min_workers=4).fewest_workers == 4
+    assert problems(min_workers=5) == ["min_workers: at most workers, which is 4 (found 5)"]
+    assert problems(min_workers=0)[0].startswith("min_workers: ")
+
+
+@pytest.mark.parametrize(("given", "count"), [("2GiB", 2 << 30), ("1.5GB", 1_500_000_000), ("4096", 4096), (7, 7)])
+def test_memory_is_given_in_bytes_or_as_text(given: str | int, count: int) -> None:
+    assert job_spec(**GOOD, shard_memory=given).shard_memory == count
+
+
+def test_sizes_among_the_settings_are_given_as_text_too() -> None:
+    settings = job_spec(**GOOD, settings=parse_settings(["chunk_bytes=4MiB", "window_bytes=65536"])).settings
+    assert (settings.chunk_bytes, settings.window_bytes) == (4 << 20, 1 << 16)
+
+
+@pytest.mark.parametrize("given", ["lots", "8G", "-1", "0", 0, 1.5, 1 << 63, True])
+def test_nonsense_is_no_memory(given: object) -> None:
+    assert problems(shard_memory=given)[0].startswith("shard_memory: ")
+
+
+@pytest.mark.parametrize("name", ["A", "_", "a1", "LD_PRELOAD", "OMP_NUM_THREADS", "downpour_x", "XDOWNPOUR_"])
+def test_variables_have_the_names_of_variables(name: str) -> None:
+    assert job_spec(**GOOD, env={name: "x=y z"}).env == {name: "x=y z"}
+
+
+@pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "A\n", "Ä", "A\0", "DOWNPOUR_RANK", "DOWNPOUR_"])
+def test_variables_that_cannot_be_set_or_are_our_own_are_refused(name: str) -> None:
+    assert problems(env={name: "1"})[0].startswith(f"env.{name}: ")
+
+
+def test_a_variable_is_text_without_nul() -> None:
+    assert problems(env={"A": 1, "B": "\0", "C": True}) == [
+        "env.A: expected a text, in quotes (found 1)",
+        "env.B: may not hold a NUL character (found '\\x00')",
+        "env.C: expected a text, in quotes (found True)",
+    ]
+
+
+@pytest.mark.parametrize("field", ["worker_labels", "server_labels"])
+def test_labels_can_be_written_on_a_command_line(field: str) -> None:
+    labels = {"gpu": "a100", "zone": "eu-west_1.b", "1": "A"}
+    assert job_spec(**GOOD, **{field: labels}).model_dump()[field] == labels
+    found = problems(**{field: {"GPU": "a", "b": "", "c": "x y", "d": "x" * 65, "e-": "-"}})
+    assert [line.partition(":")[0] for line in found] == [f"{field}.{key}" for key in ("GPU", "b", "c", "d", "e-")]
+
+
+@pytest.mark.parametrize("field", ["workers", "min_workers", "restarts", "threads", "seed"])
+def test_a_count_is_no_truth_value(field: str) -> None:
+    """JSON and TOML have both, and Python takes one for the other."""
+    assert problems(**{field: True}) == [f"{field}: true or false makes no sense here (found True)"]
+    assert job_spec(**GOOD, settings={"shared_memory": False}).settings.shared_memory is False
+
+
+def test_a_table_is_no_other_value() -> None:
+    assert problems(env="A=1", settings=3) == [
+        "settings: expected a table, [settings] (found 3)",
+        "env: expected a table, [env] (found 'A=1')",
+    ]
+
+
+def test_no_script_is_no_job() -> None:
+    assert problems(script="")[0].startswith("script: ")
+
+
+def test_a_job_survives_as_plain_values() -> None:
+    """So it travels in messages."""
+    spec = job_spec(**GOOD, min_workers=1, env={"A": "b"}, worker_labels={"gpu": "x"}, settings={"n_push": 3})
+    assert JobSpec(**spec.model_dump()) == spec
+    assert JobSpec(**spec.model_dump(mode="json")) == spec
+
+
+# ---------------------------------------------------------------- --env, --label
+
+
+def test_variables_and_labels_come_as_name_equals_value() -> None:
+    assert parse_env(["A=b=c", "B=", "A=b=c"]) == {"A": "b=c", "B": ""}
+    assert parse_labels("--label", ["gpu=a100", "zone=b"]) == {"gpu": "a100", "zone": "b"}
+
+
+def test_what_is_no_assignment_or_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_env(["A", "B=1", "B=2"])
+    assert caught.value.problems == ("--env A: expected name=value", "--env B: given twice, with different values")
+    with pytest.raises(ConfigError, match=r"^--worker-label GPU: a label's name has ") as caught:
+        parse_labels("--worker-label", ["GPU=1", "zone=?"])
+    assert len(caught.value.problems) == 2
+
+
 # ---------------------------------------------------------------- --set
 
 
@@ -199,8 +320,9 @@ def as_toml(spec: JobSpec) -> dict[str, Any]:
 
 
 def expected(spec: JobSpec) -> dict[str, Any]:
-    """The job as plain values; what is None is left out."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in spec.model_dump().items() if v is not None}
+    """The job as plain values; what is None, and empty tables, are left out."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in spec.model_dump().items()}
+    return {k: v for k, v in values.items() if v is not None and v != {}}
 
 
 def test_job_toml_holds_everything_and_makes_the_same_job_again() -> None:
@@ -209,11 +331,18 @@ def test_job_toml_holds_everything_and_makes_the_same_job_again() -> None:
     assert job_spec(**as_toml(spec)) == spec
 
 
+def test_tables_stand_below_everything_else_and_only_when_they_hold_something() -> None:
+    text = to_toml(job_spec(**GOOD, env={"A": 'a "b"\n[c]'}, server_labels={"zone": "x"}))
+    headers = [line for line in text.splitlines() if line.startswith("[")]
+    assert headers == ["[settings]", "[env]", "[server_labels]"]
+    assert tomllib.loads(text)["env"] == {"A": 'a "b"\n[c]'}
+
+
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 
 
 @given(
-    script=ANY_TEXT,
+    script=ANY_TEXT.filter(bool),
     args=st.lists(ANY_TEXT, max_size=4),
     timeout_s=st.floats(1e-9, 1e300),
     keep=st.integers(1, 1 << 60),
