@@ -26,8 +26,9 @@ def main() -> int:
     config = ShardConfig(**json.loads(text))
     use_this_process(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        data = ZmqServer(config.endpoint)
-        control = ZmqClient(wire.CONTROL_HEADER_LIMIT)
+        server_keys, client_keys = config.transport_keys()
+        data = ZmqServer(config.endpoint, keys=server_keys)
+        control = ZmqClient(wire.CONTROL_HEADER_LIMIT, client_keys)
         try:
             ShardService(config, data, control).run()
         finally:

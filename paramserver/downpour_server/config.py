@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from downpour_common.errors import ConfigError
+from downpour_common.keys import ClientKeys, KeyPair, ServerKeys
 
 VARIABLE = "DOWNPOUR_SHARD"
 """Unlike a process' arguments, its environment cannot be read by other users."""
@@ -24,6 +29,31 @@ class ShardConfig:
     chunk_bytes: int
     timeout_s: float
     start_timeout_s: float
+    folder: str = ""
+    """the job's folder on this host; relative folders in messages are below it"""
+    upload: bool = False
+    """send snapshots to the coordinator's host instead of keeping them here"""
+    keys: dict[str, Any] | None = None
+    """``coordinator``: its public key; ``job``: [public, secret] of the job, which also all its workers have;
+    ``shards``, ``shard_secret``: the shards' own. None: no encryption, and nobody proves who it is"""
+
+    def path(self, folder: str) -> str:
+        """Where a folder that the coordinator names is on this host."""
+        return os.path.join(self.folder, folder)
+
+    def transport_keys(self) -> tuple[ServerKeys, ClientKeys] | tuple[None, None]:
+        """For the data socket, which lets in the job's workers only, and for the socket to the coordinator.
+
+        Raises :class:`ConfigError`.
+        """
+        if self.keys is None:
+            return None, None
+        try:
+            keys = self.keys
+            job, shards = KeyPair(*keys["job"]), KeyPair(keys["shards"], keys["shard_secret"])
+            return ServerKeys(shards, {job.public: "worker"}), ClientKeys(job, {}, keys["coordinator"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{VARIABLE}: unusable keys ({type(error).__name__})") from None
 
     def to_environment(self) -> dict[str, str]:
         """The variables to start the shard's process with."""

@@ -1,34 +1,111 @@
-"""Which workers a shard still waits for. One object per shard, shared by the policies of its chunks."""
+"""Which workers belong to the job, and which of them a shard still waits for. One object per shard, shared by the
+policies of its chunks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from downpour_common.messages import Refusal
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a new list of members changes. A slot whose worker was replaced is in ``joined`` and in ``over``."""
+
+    joined: frozenset[int]
+    over: frozenset[int]
+    """slots whose worker of before is no longer one"""
+    lost: frozenset[int]
+    """those of ``over`` whose worker never said that it leaves"""
+
+
 class Members:
-    """Slots 0..workers-1. A slot is *awaited* until it ended its epoch or left."""
+    """Slots, each with the epoch of the worker that is in it. A slot is *awaited* until it ended its epoch or left.
 
-    workers: int
-    ended: set[int] = field(default_factory=set)
-    left: set[int] = field(default_factory=set)
+    At first they are 0 to ``workers - 1``, with whatever epoch speaks; from the first :meth:`replace` on they are
+    what that says, and ``version`` is above 0. ``first_seq`` is the number of the first contribution of all who are
+    there at the job's start.
+    """
+
+    def __init__(self, workers: int, first_seq: int = 0) -> None:
+        self.first_seq = first_seq
+        self.version = 0
+        self._epochs: dict[int, int | None] = dict.fromkeys(range(workers))
+        self._over: dict[int, int] = {}
+        """slot → newest epoch of it that was a member's and is not any more"""
+        self._ended: set[int] = set()
+        self._left: set[int] = set()
+        self._awaited: list[int] = sorted(self._epochs)
 
     def awaited(self) -> list[int]:
-        """Slots that owe the open round a contribution, ascending."""
-        return [slot for slot in range(self.workers) if slot not in self.ended and slot not in self.left]
+        """Slots that owe the open round a contribution, ascending. Not to be changed by the caller."""
+        return self._awaited
+
+    @property
+    def chief(self) -> int:
+        """The lowest slot; -1 where there are no members."""
+        return min(self._epochs, default=-1)
+
+    def objection(self, slot: int, epoch: int) -> tuple[Refusal, str] | None:
+        """Why a message of this worker is not for this shard; None when it is."""
+        name = f"worker/{slot}"
+        if slot not in self._epochs:
+            if epoch <= self._over.get(slot, -1):
+                return Refusal.STALE_EPOCH, f"{name} of epoch {epoch} is no longer a member of the job"
+            return Refusal.MALFORMED, f"slot {slot} is not a member of the job"
+        known = self._epochs[slot]
+        if known is None or (epoch > known and not self.version):
+            self._epochs[slot] = epoch
+        elif epoch < known:
+            return Refusal.STALE_EPOCH, f"{name} has been replaced: its epoch {epoch} is over, {known} is in force"
+        elif epoch > known:
+            return Refusal.MALFORMED, f"{name} of epoch {epoch} is not a member of the job yet"
+        return None
 
     def end_epoch(self, slot: int) -> None:
         """``slot`` has no more in this epoch."""
-        self.ended.add(slot)
+        self._ended.add(slot)
+        self._look()
 
     def leave(self, slot: int) -> None:
         """``slot`` has no more, ever."""
-        self.left.add(slot)
-        self.ended.discard(slot)
+        self._left.add(slot)
+        self._ended.discard(slot)
+        self._look()
+
+    def replace(self, version: int, epochs: Mapping[int, int]) -> Change | None:
+        """From now on the members are these; None, and nothing changes, when ``version`` is not news.
+
+        A slot that is new, or has a newer epoch than before, joins; one that is not named any more is over.
+        """
+        if version <= self.version:
+            return None
+        before = self._epochs
+        joined = {s for s, epoch in epochs.items() if s not in before or _newer(epoch, before[s])}
+        over = {s for s in before if s not in epochs or s in joined}
+        lost = over - self._left
+        for slot in over:
+            self._over[slot] = max(self._over.get(slot, 0), before[slot] or 0)
+        self._ended -= joined | over
+        self._left -= joined | over
+        self._epochs = dict(epochs)
+        self.version = version
+        self._look()
+        return Change(frozenset(joined), frozenset(over), frozenset(lost))
 
     def turn_over(self) -> bool:
         """Begin the next epoch if nobody has more in this one; asked once the gates have done their last rounds."""
-        if self.ended and not self.awaited():
-            self.ended.clear()
+        if self._ended and not self._awaited:
+            self._ended.clear()
+            self._look()
             return True
         return False
+
+    def _look(self) -> None:
+        self._awaited = sorted(self._epochs.keys() - self._ended - self._left)
+
+
+def _newer(epoch: int, known: int | None) -> bool:
+    """One that has not spoken yet has nothing that a newer epoch would have to be kept apart from."""
+    return known is not None and epoch > known

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -19,19 +17,27 @@ from downpour_common.process import keep_freed_memory
 from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
 from downpour_server.config import ShardConfig
+from downpour_server.effects import Attach, Effect, Reply, SendWeights
+from downpour_server.keeper import SnapshotKeeper
 from downpour_server.restore import restore
 from downpour_server.rules import RULES
-from downpour_server.shard import Attach, Effect, Identity, Reply, SendWeights, Shard
-from downpour_server.snapshot import WriteSnapshot, write
+from downpour_server.shard import Identity, Shard
+from downpour_server.snapshot import WriteSnapshot
 
 IDLE_S = 0.02
 """Longest wait for data before the control channel is looked at."""
 REPORT_S = 0.5
+REGISTER_S = 2.0
+"""Time between two registrations, until the set-up comes."""
 TICK_S = 1.0
 
 
 class ShardService:
-    """Serves one shard until told to stop. ``clock`` gives seconds and is only compared with itself."""
+    """Serves one shard until told to stop. ``clock`` gives seconds and is only compared with itself.
+
+    The coordinator may be away for any time: what it must learn is in every report, and what it asks twice is
+    answered twice and done once.
+    """
 
     def __init__(
         self,
@@ -44,9 +50,10 @@ class ShardService:
         self._data = data
         self._control = control
         self._clock = clock
-        self._writer = ThreadPoolExecutor(1, "snapshot")
-        self._writing: list[tuple[WriteSnapshot, Future[dict[str, Any]]]] = []
+        self._keeper = SnapshotKeeper(config, self._tell)
         self._shard: Shard | None = None
+        self._error = ""
+        self._members: m.SetMembers | None = None
         self._stop = False
 
     def run(self) -> None:
@@ -55,27 +62,38 @@ class ShardService:
         Raises :class:`PeerTimeout` when the set-up does not come in time.
         """
         config = self._config
-        register = m.RegisterShard(config.job, config.shard, config.shard_epoch, os.getpid(), self._data.address)
-        self._control.send(config.coordinator, register)
-        started_s = last_tick_s = last_report_s = self._clock()
+        started_s = last_tick_s = last_report_s = registered_s = self._clock()
+        self._register()
         try:
             while not self._stop:
                 self._take_data()
                 self._take_control()
-                self._report_written()
                 now_s = self._clock()
-                if self._shard is None:
+                if self._shard is None and not self._error:
                     if now_s - started_s > config.start_timeout_s:
                         raise PeerTimeout("coordinator", "the model of worker/0", config.start_timeout_s)
+                    if now_s - registered_s > REGISTER_S:
+                        registered_s = now_s
+                        self._register()
                     continue
-                if now_s - last_tick_s > TICK_S:
+                self._keeper.turn(now_s)
+                if self._shard is not None and now_s - last_tick_s > TICK_S:
                     last_tick_s = now_s
                     self._carry_out(self._shard.tick(now_s))
                 if now_s - last_report_s > REPORT_S:
                     last_report_s = now_s
                     self._report()
         finally:
-            self._writer.shutdown()
+            self._keeper.close()
+
+    def _tell(self, message: m.Message) -> None:
+        self._control.send(self._config.coordinator, message)
+
+    def _identity(self) -> tuple[str, int, int]:
+        return self._config.job, self._config.shard, self._config.shard_epoch
+
+    def _register(self) -> None:
+        self._tell(m.RegisterShard(*self._identity(), os.getpid(), self._data.address))
 
     def _take_data(self) -> None:
         for peer, message in self._data.poll(IDLE_S):
@@ -93,19 +111,26 @@ class ShardService:
             match message:
                 case m.SetUpShard():
                     self._set_up(message)
+                    self._tell(m.ShardReady(*self._identity(), self._error))
+                case m.SetMembers():
+                    self._set_members(message)
                 case m.TakeSnapshot() if self._shard is not None:
-                    self._carry_out(self._shard.snapshot(message.snapshot, message.folder, message.at_clock))
+                    if self._keeper.asked(message):
+                        self._carry_out(self._shard.snapshot(message.snapshot, message.folder, message.at_clock))
+                case m.Ack() | m.Refused():
+                    self._keeper.received(message, self._clock())
                 case m.StopShard():
-                    self._report()
+                    if self._shard is not None or self._error:
+                        self._report()
                     self._stop = True
                 case _:
-                    pass  # repeats of what was said before the shard was ready
+                    pass  # a snapshot of a shard that holds nothing yet: it is asked for again
 
     def _set_up(self, message: m.SetUpShard) -> None:
+        """Once: what comes again is only answered again."""
         config = self._config
-        if self._shard is not None:
+        if self._shard is not None or self._error:
             return
-        error = ""
         try:
             model = ModelSpec.from_wire(message.model)
             if model.rule and model.rule not in RULES:
@@ -114,11 +139,26 @@ class ShardService:
             identity = Identity(config.job, config.shard, config.shard_epoch)
             shard = Shard(identity, layout, parse_mode(config.mode), config.workers, config.timeout_s)
             if message.resume:
-                shard.start_from(restore(message.resume, layout, shard.chunks))
+                shard.start_from(restore(config.path(message.resume), layout, shard.chunks))
             self._shard = shard
         except DownpourError as problem:
-            error = str(problem)
-        self._control.send(config.coordinator, m.ShardReady(config.shard, error))
+            self._error = str(problem)
+            return
+        if self._members is not None:
+            self._set_members(self._members)
+
+    def _set_members(self, message: m.SetMembers) -> None:
+        """Before the set-up it is kept."""
+        if self._shard is None:
+            if self._members is None or message.version > self._members.version:
+                self._members = message
+            return
+        if len(message.slots) % 2 or min(message.slots, default=0) < 0:
+            self._control.malformed += 1
+            return
+        epochs = dict(zip(message.slots[::2], message.slots[1::2], strict=True))
+        self._carry_out(self._shard.set_members(message.version, epochs))
+        self._tell(m.MembersSet(*self._identity(), self._shard.members_version))
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -130,7 +170,7 @@ class ShardService:
                     message = m.Weights(effect.request, stored.chunk.index, stored.version, stored.payload())
                     stored.being_read(self._data.send(effect.peer, message))
                 case WriteSnapshot():
-                    self._begin_writing(effect)
+                    self._keeper.write(effect)
                 case Attach():
                     self._attach(effect)
 
@@ -140,28 +180,20 @@ class ShardService:
         memory = sharing.attach(self._shard.shared_layout, offer.pid, offer.fd, offer.nonce)
         self._carry_out(self._shard.attached(effect, memory))
 
-    def _begin_writing(self, effect: WriteSnapshot) -> None:
-        if effect.error:
-            taken = m.SnapshotTaken(effect.shard, effect.snapshot, effect.error, {})
-            self._control.send(self._config.coordinator, taken)
-        else:
-            self._writing.append((effect, self._writer.submit(write, effect)))
-
-    def _report_written(self) -> None:
-        for effect, future in [pair for pair in self._writing if pair[1].done()]:
-            self._writing.remove((effect, future))
-            error, document = "", {}
-            try:
-                document = future.result()
-            except (DownpourError, OSError) as problem:
-                error = str(problem)
-            taken = m.SnapshotTaken(effect.shard, effect.snapshot, error, document)
-            self._control.send(self._config.coordinator, taken)
-
     def _report(self) -> None:
-        if self._shard is not None:
-            report = m.ShardReport(self._config.shard, self._shard.stats.document())
-            self._control.send(self._config.coordinator, report)
+        """Counters, and all that the coordinator may have missed."""
+        shard = self._shard
+        document = {
+            **(shard.stats.document() if shard is not None else {}),
+            "ready": shard is not None,
+            "error": self._error,
+            "initialised": shard is not None and shard.initialised,
+            "members": shard.members_version if shard is not None else 0,
+            "snapshot": self._keeper.answered,
+            "address": self._data.address,
+            "pid": os.getpid(),
+        }
+        self._tell(m.ShardReport(*self._identity(), document))
 
 
 def use_this_process(threads: int) -> None:

@@ -5,12 +5,12 @@ itself, so safety never depends on a wall clock.
 
 Exactly once: a contribution is checked against the slot's dedup window of its chunk before anything else sees
 it. A repeat is never applied again; it is answered from the chunk's present state, under the same rule as the
-original. A contribution of an older worker epoch, or for another shard epoch, is refused.
+original. A contribution of a worker that is not a member, or has been replaced, or for another shard epoch, is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ from downpour_common.modes import Mode
 from downpour_common.transport import Peer
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
+from downpour_server.effects import Attach, Effect, Reply, SendWeights
 from downpour_server.members import Members
 from downpour_server.policy import POLICIES, Gate
-from downpour_server.snapshot import Capture, WriteSnapshot
+from downpour_server.snapshot import Capture
 from downpour_server.stats import ShardStats
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import from_bytes, is_finite
@@ -40,35 +41,18 @@ class Identity:
     shard_epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Effect: send ``message`` to ``peer``."""
-
-    peer: Peer
-    message: Message
+FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory
+"""What a worker sends, which says who it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class SendWeights:
-    """Effect: send ``stored``'s weights as they are at this moment, and tell ``stored.being_read``."""
+@dataclass(slots=True)
+class _Ending:
+    """An EndEpoch that is not answered yet."""
 
     peer: Peer
     request: int
-    stored: StoredChunk
-
-
-@dataclass(frozen=True, slots=True)
-class Attach:
-    """Effect: map the memory that ``offer`` describes and tell :meth:`Shard.attached`."""
-
-    peer: Peer
-    offer: m.AttachMemory
-
-
-Effect = Reply | SendWeights | WriteSnapshot | Attach
-
-FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory
-"""What a worker sends, which says who it is."""
+    slot: int
+    since_s: float
 
 
 @dataclass(slots=True)
@@ -94,7 +78,6 @@ class Shard:
             c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {})
             for c in layout.of_shard(identity.shard)
         }
-        self._clock = 0
         self._mode = mode
         self._timeout_s = timeout_s
         self._members = Members(workers)
@@ -103,8 +86,7 @@ class Shard:
             bounded = stored.chunk.kind == "trainable" or mode.synchronous
             self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._members)
         self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
-        self._ending: list[tuple[Peer, int, float]] = []
-        self._worker_epochs: dict[int, int] = {}
+        self._ending: list[_Ending] = []
         self._shared: dict[int, tuple[int, memoryview]] = {}
         self.shared_layout = SharedLayout(layout)
         self._capture: Capture | None = None
@@ -115,7 +97,7 @@ class Shard:
 
         In the synchronous mode a version is a clock, whatever the checkpoint's mode counted.
         """
-        self._clock = clock
+        self._members.first_seq = clock
         if self._mode.synchronous:
             for stored in self.chunks.values():
                 stored.version = clock
@@ -141,7 +123,7 @@ class Shard:
                     self._initialise(peer, message, effects)
             case m.EndEpoch():
                 if self._admits(peer, message, effects):
-                    self._ending.append((peer, message.request, now_s))
+                    self._ending.append(_Ending(peer, message.request, message.slot, now_s))
                     self._members.end_epoch(message.slot)
                     self._members_changed(effects)
             case m.Leave():
@@ -151,6 +133,34 @@ class Shard:
                     self._members_changed(effects)
             case _:
                 raise ProtocolError(f"a shard does not take {type(message).__name__}")
+        return effects
+
+    @property
+    def initialised(self) -> bool:
+        """Whether every chunk has weights."""
+        return all(stored.initialised for stored in self.chunks.values())
+
+    @property
+    def members_version(self) -> int:
+        """Version of the members in force; 0: those of the start."""
+        return self._members.version
+
+    def set_members(self, version: int, epochs: Mapping[int, int]) -> list[Effect]:
+        """The job's workers are these from now on, by slot; an older ``version`` changes nothing.
+
+        Whatever waited only for one that is no longer a member goes on.
+        """
+        effects: list[Effect] = []
+        change = self._members.replace(version, epochs)
+        if change is None:
+            return effects
+        for slot in change.over:
+            self._dismiss(slot, effects)
+        for index, gate in self._gates.items():
+            gate.joined(change.joined)
+            for slot in change.lost | change.joined:
+                self.chunks[index].forget(slot)
+        self._members_changed(effects)
         return effects
 
     def attached(self, attach: Attach, memory: memoryview | None) -> list[Effect]:
@@ -174,15 +184,15 @@ class Shard:
                 fetches.remove(fetch)
                 names = ", ".join(f"worker/{s}" for s in self._gates[index].waits_for(fetch.slot, fetch.seq))
                 if not self.chunks[index].initialised:
-                    names = "the initial weights of worker/0"
+                    names = f"the initial weights of worker/{self._members.chief}"
                 reason = f"after {self._timeout_s:g} s still waiting for {names}"
                 self._refuse(fetch.peer, fetch.request, Refusal.TIMED_OUT, reason, effects)
-        late = [entry for entry in self._ending if now_s - entry[2] > self._timeout_s]
+        late = [entry for entry in self._ending if now_s - entry.since_s > self._timeout_s]
         for entry in late:
             self._ending.remove(entry)
             names = ", ".join(f"worker/{slot}" for slot in self._members.awaited())
             reason = f"after {self._timeout_s:g} s still waiting for {names} to end the epoch"
-            self._refuse(entry[0], entry[1], Refusal.TIMED_OUT, reason, effects)
+            self._refuse(entry.peer, entry.request, Refusal.TIMED_OUT, reason, effects)
         return effects
 
     def snapshot(self, snapshot: int, folder: str, at_clock: int) -> list[Effect]:
@@ -191,7 +201,7 @@ class Shard:
         if self._capture is not None:
             effects.append(self._capture.failed("another snapshot began before it was complete"))
         capture = Capture(snapshot, folder, at_clock, self.identity.shard, self.chunks)
-        if not all(stored.initialised for stored in self.chunks.values()):
+        if not self.initialised:
             return [*effects, capture.failed("the first weights are not there yet")]
         self._capture = capture
         for stored in self.chunks.values():
@@ -203,6 +213,8 @@ class Shard:
 
     def _contribute_shared(self, peer: Peer, push: m.PushPullShared, now_s: float, effects: list[Effect]) -> None:
         """Find the contribution in the worker's memory; it stays there, unchanged, until the answer."""
+        if not self._admits(peer, push, effects):
+            return
         stored, (epoch, memory) = self.chunks.get(push.chunk), self._shared.get(push.slot, (-1, memoryview(b"")))
         if stored is None or stored.chunk.kind != "trainable" or epoch != push.worker_epoch:
             reason = f"chunk {push.chunk} is not in memory that worker/{push.slot} shares with this shard"
@@ -218,7 +230,7 @@ class Shard:
         stored = self._stored(peer, push.request, push.chunk, payload, effects)
         if stored is None:
             return
-        window = stored.window(push.slot, push.worker_epoch, self._clock)
+        window = stored.window(push.slot, push.worker_epoch, self._members.first_seq)
         seen = window.look(push.seq)
         gradient = from_bytes(payload, stored.chunk.dtype)
         objection = self._objection(push, stored, seen, gradient)
@@ -302,9 +314,21 @@ class Shard:
             self._apply(self.chunks[index], gate.members_changed())
             self._answer(index, effects)
         if self._members.turn_over():
-            effects.extend(Reply(peer, m.Ack(request, 0)) for peer, request, _ in self._ending)
+            effects.extend(Reply(entry.peer, m.Ack(entry.request, 0)) for entry in self._ending)
             self._ending.clear()
         self._finish_capture(effects)
+
+    def _dismiss(self, slot: int, effects: list[Effect]) -> None:
+        """The worker that was in ``slot`` is not a member any more: nothing of it waits here."""
+        reason = f"worker/{slot} is no longer a member of the job, or has been replaced"
+        waiting: list[_Fetch | _Ending] = [entry for entry in self._ending if entry.slot == slot]
+        self._ending = [entry for entry in self._ending if entry.slot != slot]
+        for index, fetches in self._fetches.items():
+            waiting += [f for f in fetches if f.slot == slot]
+            self._fetches[index] = [f for f in fetches if f.slot != slot]
+        for entry in waiting:
+            self._refuse(entry.peer, entry.request, Refusal.STALE_EPOCH, reason, effects)
+        self._shared.pop(slot, None)
 
     def _finish_capture(self, effects: list[Effect]) -> None:
         if self._capture is not None and (written := self._capture.effect()) is not None:
@@ -320,8 +344,9 @@ class Shard:
             reason = f"worker/{hello.slot} has a model of another layout than the job"
             self._refuse(peer, hello.request, Refusal.MODEL_DIFFERS, reason, effects)
             return
-        reply = m.HelloReply(hello.request, self.identity.shard, self.identity.shard_epoch, self._clock)
-        effects.append(Reply(peer, reply))
+        clock = max((gate.clock_of(hello.slot) for gate in self._gates.values()), default=0)
+        identity, first = self.identity, self._members.first_seq + clock
+        effects.append(Reply(peer, m.HelloReply(hello.request, identity.shard, identity.shard_epoch, first)))
 
     def _initialise(self, peer: Peer, init: m.Init, effects: list[Effect]) -> None:
         stored = self._stored(peer, init.request, init.chunk, init.payload, effects)
@@ -357,22 +382,15 @@ class Shard:
         return stored
 
     def _admits(self, peer: Peer, message: FromWorker, effects: list[Effect]) -> bool:
-        """Whether the sender belongs here: the job's own, a known slot, the newest epoch of its worker."""
-        job, slot, worker_epoch = message.job, message.slot, message.worker_epoch
-        if job != self.identity.job:
-            reason = f"this is a shard of job {self.identity.job}, not of {job}"
+        """Whether the sender belongs here: the job's own, and a member as it is now."""
+        if message.job != self.identity.job:
+            reason = f"this is a shard of job {self.identity.job}, not of {message.job}"
             self._refuse(peer, message.request, Refusal.WRONG_JOB, reason, effects)
             return False
-        if not 0 <= slot < self._members.workers:
-            reason = f"slot {slot} is not among the job's {self._members.workers} workers"
-            self._refuse(peer, message.request, Refusal.MALFORMED, reason, effects)
+        objection = self._members.objection(message.slot, message.worker_epoch)
+        if objection is not None:
+            self._refuse(peer, message.request, *objection, effects)
             return False
-        newest = self._worker_epochs.setdefault(slot, worker_epoch)
-        if worker_epoch < newest:
-            reason = f"worker/{slot} has been replaced: its epoch {worker_epoch} is over, {newest} is in force"
-            self._refuse(peer, message.request, Refusal.STALE_EPOCH, reason, effects)
-            return False
-        self._worker_epochs[slot] = worker_epoch
         return True
 
     def _refuse(self, peer: Peer, request: int, code: Refusal, reason: str, effects: list[Effect]) -> None:

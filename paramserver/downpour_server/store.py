@@ -42,10 +42,15 @@ class StoredChunk:
             self.initialised = True
 
     def window(self, slot: int, worker_epoch: int, first_seq: int) -> DedupWindow:
-        """The dedup window of a slot; a new epoch of the worker goes on in the old one's window."""
-        epoch, window = self._windows.get(slot, (worker_epoch, DedupWindow(first_seq)))
-        self._windows[slot] = (max(epoch, worker_epoch), window)
-        return window
+        """The dedup window of a slot's worker. A new epoch has a window of its own: it counts from ``first_seq``."""
+        known = self._windows.get(slot)
+        if known is None or known[0] < worker_epoch:
+            known = self._windows[slot] = (worker_epoch, DedupWindow(first_seq))
+        return known[1]
+
+    def forget(self, slot: int) -> None:
+        """What the worker in ``slot`` said last of a buffer does not count any more."""
+        self._latest.pop(slot, None)
 
     def understands(self, hyper: bytes) -> bool:
         """Whether ``hyper`` holds options of the kinds that the parameter group had at the start."""

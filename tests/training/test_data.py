@@ -208,6 +208,6 @@ def test_a_pass_left_early_gives_back_only_what_is_unfinished() -> None:
             if number == 5:
                 break
 
-    ledger = run_job(body, replace(CONTEXT, mode="async", workers=1)).coordinator._ledgers[0, 0]
+    ledger = run_job(body, replace(CONTEXT, mode="async", workers=1)).training._data.ledgers[0, 0]
     assert ledger.done == [(0, 10)]
     assert ledger.free == [(10, 40)]

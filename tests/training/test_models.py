@@ -179,7 +179,7 @@ def test_buffers_follow_the_jobs_rule(rule: str, expected: list[float]) -> None:
         loader = torch.utils.data.DataLoader([x, x], batch_size=None)
         session.prepare(model, optimizer, [])
         model(x).sum().backward()
-        session.pass_begins(0)
+        session.pass_begins(0, 0)
         optimizer.step()
         session.pass_ends(0, 0, len(loader))
         assert model.running_mean is not None
@@ -340,7 +340,7 @@ def test_buffers_may_be_infinite_constant_and_expanded() -> None:
         model = Masked()
         optimizer = SGD(model.parameters(), lr=0.1)
         session.prepare(model, optimizer, [])
-        session.pass_begins(0)
+        session.pass_begins(0, 0)
         model.layer(torch.ones(1, 3)).sum().backward()
         optimizer.step()
         session.pass_ends(0, 0, 1)

@@ -57,7 +57,7 @@ def test_async_pushes_the_rest_at_the_end() -> None:
         train(session, 7, 0.001)
 
     job = run_job(body, replace(CONTEXT, mode="async", n_push=5, n_fetch=5))
-    progress = job.coordinator.workers[0].progress
+    progress = job.training.workers[0].progress
     assert progress is not None
     assert progress.pushes == 2
 
@@ -118,7 +118,7 @@ def test_ssp_bound_is_kept_and_reached(bound: int) -> None:
     pacer.start()
     job = run_job(body, replace(CONTEXT, mode=f"ssp:{bound}", workers=2, shards=2))
     pacer.join()
-    measured = max(s.report["clock_gap_max"] for s in job.coordinator.shards.values())
+    measured = max(s.report["clock_gap_max"] for s in job.training.shards.values())
     assert measured == bound
     # The script's own view lags by the step whose answer the slow worker has not yet read.
     assert max(gaps) <= bound + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,8 @@ from downpour_common import sharing
 from downpour_common.layout import ModelSpec, SharedLayout, TensorSpec, plan
 from downpour_common.messages import Refusal
 from downpour_common.modes import parse_mode
-from downpour_server.shard import Attach, Identity, Reply, Shard
+from downpour_server.effects import Attach, Reply
+from downpour_server.shard import Identity, Shard
 from harness import CONTEXT, run_job
 
 MODEL = ModelSpec(
@@ -97,6 +99,22 @@ def test_memory_is_attached_only_where_the_nonce_is() -> None:
         offered.close_fd()
 
 
+def test_memory_of_another_network_namespace_is_not_shared() -> None:
+    """There, hosts are stood in for by namespaces; processes of different hosts must not meet in memory."""
+    with subprocess.Popen(
+        ["unshare", "-rn", "sh", "-c", "echo up; read end"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        if not child.stdout.readline():
+            pytest.skip("no namespaces for this user")
+        assert not sharing._same_network(child.pid)
+        assert sharing.attach(SHARED, child.pid, 0, bytes(16)) is None
+        child.stdin.write("end\n")
+    assert sharing._same_network(os.getpid())
+    assert sharing._same_network(1 << 30), "that is for the attempt to open it to tell"
+
+
 def test_areas_do_not_overlap() -> None:
     areas = [area for c in LAYOUT.by_kind["trainable"] for area in (SHARED.weights(c), SHARED.gradient(c))]
     areas.sort(key=lambda area: area.start)
@@ -120,7 +138,7 @@ def test_a_push_from_memory_that_is_not_attached_is_refused() -> None:
         return effect.message
 
     buffer = LAYOUT.by_kind["buffer"][0].index
-    for refused in (push(1, 4, 0, 0), push(0, 5, 0, 0), push(0, 4, buffer, 0), push(0, 4, 99, 0)):
+    for refused in (push(1, 4, 0, 0), push(0, 4, buffer, 0), push(0, 4, 99, 0)):
         assert isinstance(refused, m.Refused)
         assert refused.code == Refusal.NOT_SHARED
     assert shard.stats.applied == 0
@@ -128,3 +146,7 @@ def test_a_push_from_memory_that_is_not_attached_is_refused() -> None:
     assert push(0, 4, 0, 0) == m.WeightsShared(9, 0, 1)
     assert bytes(memory[SHARED.weights(LAYOUT.chunks[0])]) == b"\0\0\x80\xbf" * LAYOUT.chunks[0].numel
     assert push(0, 4, 0, 0) == m.WeightsShared(9, 0, 1), "a repeat is answered and not applied"
+    for worker_epoch, code in ((5, Refusal.NOT_SHARED), (4, Refusal.STALE_EPOCH)):
+        refused = push(0, worker_epoch, 0, 1)
+        assert isinstance(refused, m.Refused)
+        assert refused.code == code, "another process has memory of its own"

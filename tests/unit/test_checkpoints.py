@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from unit_kit import ADD, ShardDriver, model, tensor
+from unit_kit import ADD, JOB, ShardDriver, model, tensor
 
 from downpour_common.errors import CheckpointError
 from downpour_common.layout import Layout, ModelSpec, plan
@@ -108,7 +108,7 @@ def save(run: Path, drivers: list[ShardDriver], number: int = 1) -> str:
         "data": {"epoch": 0, "done": []},
         "synchronous": True,
     }
-    round_ = Round(number, folder, len(drivers), manifest)
+    round_ = Round(number, folder, len(drivers), manifest, -1)
     outcome = None
     for d in drivers:
         d.carry_out(d.shard.snapshot(number, folder, -1))
@@ -121,7 +121,7 @@ def save(run: Path, drivers: list[ShardDriver], number: int = 1) -> str:
 def _taken(d: ShardDriver, number: int) -> Any:
     from downpour_common import messages as m
 
-    return m.SnapshotTaken(d.shard.identity.shard, number, "", write(d.written.pop()))
+    return m.SnapshotTaken(JOB, d.shard.identity.shard, 0, number, "", write(d.written.pop()))
 
 
 def empty(spec: ModelSpec, shards: int, chunk_bytes: int) -> tuple[Layout, dict[int, StoredChunk]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downpour.client.core import ClientCore, Submission, Ticket
+from downpour.client.core import MOST_OPEN, ClientCore, Submission, Ticket
 from downpour.client.thread import ClientThread
 from downpour_common import messages as m
 from downpour_common.errors import (
@@ -31,11 +31,12 @@ def asked(
     ticket: Ticket | None = None,
     timeout_s: float = 10.0,
     now_s: float = 0.0,
+    repeat_s: float = 0.0,
 ) -> Ticket:
     """Submit a pull; its ticket."""
     ticket = ticket or Ticket(1)
     request = m.Pull(number, "job", 0, 0, 0)
-    core.submit(Submission(server, request, ticket, f"answer {number}", timeout_s, nbytes), now_s)
+    core.submit(Submission(server, request, ticket, f"answer {number}", timeout_s, nbytes, repeat_s), now_s)
     return ticket
 
 
@@ -254,6 +255,92 @@ def test_an_overdue_request_gives_its_credit_back_and_a_late_answer_is_ignored()
     assert leaving(core) == [], "the late answer brought no credit"
 
 
+# ---------------------------------------------------------------- repeats
+
+
+def repeated(core: ClientCore, now_s: float) -> list[int]:
+    """The numbers of the requests that leave once it is this late."""
+    core.tick(now_s)
+    return leaving(core)
+
+
+def test_a_request_is_repeated_with_its_number_until_it_is_answered() -> None:
+    core = ClientCore(100)
+    ticket = asked(core, 1, repeat_s=2.0, now_s=50.0, timeout_s=100.0)
+    assert leaving(core) == [1]
+    assert [repeated(core, now_s) for now_s in (51.9, 52.0, 53.9, 54.0)] == [[], [1], [], [1]]
+    core.received(m.Ack(1, 5))
+    core.received(m.Ack(1, 6))
+    assert repeated(core, 60.0) == []
+    assert ticket.result() == m.Ack(1, 5), "the first answer counts"
+
+
+def test_requests_to_shards_are_never_repeated() -> None:
+    core = ClientCore(100)
+    asked(core, 1, timeout_s=100.0, now_s=50.0)
+    assert leaving(core) == [1]
+    assert repeated(core, 99.0) == []
+
+
+def test_what_is_overdue_is_not_repeated() -> None:
+    core = ClientCore(100)
+    ticket = asked(core, 1, repeat_s=2.0, now_s=50.0, timeout_s=5.0)
+    leaving(core)
+    assert repeated(core, 55.1) == []
+    assert settled(ticket)
+
+
+def test_an_answer_that_comes_before_the_repeat_has_left_stops_it() -> None:
+    core = ClientCore(100)
+    asked(core, 1, repeat_s=2.0, now_s=50.0)
+    leaving(core)
+    core.tick(52.0)
+    core.received(m.Ack(1, 0))
+    assert leaving(core) == []
+
+
+def test_while_a_server_is_silent_one_request_at_a_time_is_repeated_in_turn() -> None:
+    core = ClientCore(100)
+    for number in (1, 2, 3):
+        asked(core, number, repeat_s=2.0, now_s=50.0, timeout_s=1000.0)
+    assert leaving(core) == [1, 2, 3]
+    assert [repeated(core, 52.0 + 0.5 * tick) for tick in range(17)] == [
+        *[[1], [], [], []],
+        *[[2], [], [], []],
+        *[[3], [], [], []],
+        *[[1], [], [], []],
+        [2],
+    ]
+    core.received(m.Ack(2, 0))
+    assert repeated(core, 62.0) == [1, 3], "it is there again"
+
+
+def test_the_coordinator_need_not_remember_more_answers_than_a_few() -> None:
+    core = ClientCore(100)
+    for number in range(1, MOST_OPEN + 4):
+        asked(core, number, repeat_s=2.0)
+    assert leaving(core) == list(range(1, MOST_OPEN + 1))
+    asked(core, 900, server=B, repeat_s=2.0)
+    assert leaving(core) == [900], "another server"
+    core.received(m.Refused(7, Refusal.MALFORMED, "no"))
+    core.received(m.Ack(9, 0))
+    assert leaving(core) == [MOST_OPEN + 1, MOST_OPEN + 2]
+
+
+def test_what_nobody_waits_for_any_more_neither_leaves_nor_is_repeated() -> None:
+    core = ClientCore(100)
+    gone = Ticket(2)
+    asked(core, 1, nbytes=100, ticket=gone, repeat_s=2.0, now_s=50.0)
+    asked(core, 2, nbytes=100, ticket=gone, repeat_s=2.0, now_s=50.0)
+    asked(core, 3, nbytes=100, now_s=50.0)
+    assert leaving(core) == [1]
+    core.abandon(gone)
+    assert leaving(core) == [3]
+    assert repeated(core, 55.0) == []
+    core.received(m.Ack(1, 0))
+    assert not settled(gone)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -269,7 +356,9 @@ def test_a_refusal_becomes_an_error_that_names_the_peer_and_the_reason(code: Ref
         ticket.wait()
     assert type(caught.value) is expected
     if isinstance(caught.value, PeerRefused):
-        assert (caught.value.peer, caught.value.code, caught.value.reason) == ("server/3", code, "because of that")
+        assert (caught.value.peer, caught.value.code) == ("server/3", code)
+        more = "; this process takes no part in the job any more and must end" if code == Refusal.STALE_EPOCH else ""
+        assert caught.value.reason == f"because of that{more}"
     if isinstance(caught.value, PeerTimeout):
         assert (caught.value.peer, caught.value.awaited) == ("server/3", "answer 1")
 
@@ -355,10 +444,10 @@ def test_closing_the_thread_sends_what_was_told_before() -> None:
     server = network.server(A)
     thread = ClientThread(network.client(), 100, _ignore)
     for clock in range(3):
-        thread.tell(A, m.LogMetrics(0, clock, {}))
+        thread.tell(A, m.ReportFailure("job", 0, 0, f"error {clock}", ""))
     thread.close()
     told = [message for _ in range(3) for _, message in server.poll(0)]
-    assert told == [m.LogMetrics(0, clock, {}) for clock in range(3)]
+    assert told == [m.ReportFailure("job", 0, 0, f"error {clock}", "") for clock in range(3)]
 
 
 def _ignore(_: Message) -> None:

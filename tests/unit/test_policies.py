@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -116,7 +117,7 @@ class Stepper:
     contributed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.members = Members(self.workers)
+        self.members = Members(self.workers, self.first)
         self.gate = StaleGate(Mode("ssp", self.bound), self.members)
         self.clocks = [0] * self.workers
         self.contributed = [0] * self.workers
@@ -208,6 +209,132 @@ def test_ssp_answers_a_repeat_of_an_old_contribution() -> None:
     job.act(1)
     assert job.gate.may_answer(0, 0)
     assert job.gate.may_answer(0, 0), "asking changes nothing"
+
+
+@dataclass
+class Elastic:
+    """A job of several chunks on several shards, where workers join: what is said to a chunk arrives when the test
+    lets it, in order per worker; the news of a joiner arrives at each chunk at a moment of its own."""
+
+    bound: int
+    chunks: int
+    workers: int
+    first: int
+    window: int
+    """chunks of a step that a worker sends before it needs answers; of its first step it sends all"""
+
+    def __post_init__(self) -> None:
+        self.members = [Members(self.workers, self.first) for _ in range(self.chunks)]
+        self.gates = [StaleGate(Mode("ssp", self.bound), members) for members in self.members]
+        self.versions = [0] * self.chunks
+        self.slots = list(range(self.workers))
+        self.seq = dict.fromkeys(self.slots, self.first)
+        self.first_seq = dict(self.seq)
+        self.sent = dict.fromkeys(self.slots, 0)
+        self.open: dict[int, set[int]] = {slot: set() for slot in self.slots}
+        self.on_the_way: list[tuple[int, int]] = []
+        self.waiting: list[list[tuple[int, int]]] = [[] for _ in range(self.chunks)]
+        self.news: list[tuple[int, int]] = []
+        for slot in self.slots:
+            self.go_on(slot)
+
+    def clock(self, slot: int) -> int:
+        """Completed steps, those before it joined included."""
+        return self.seq[slot] - self.first
+
+    def go_on(self, slot: int) -> None:
+        """Send what there is credit for; the next step begins when all of one is answered."""
+        if self.sent[slot] == self.chunks and not self.open[slot]:
+            self.sent[slot] = 0
+            self.seq[slot] += 1
+        window = self.window if self.seq[slot] > self.first_seq[slot] else self.chunks
+        while self.sent[slot] < self.chunks and len(self.open[slot]) < window:
+            self.open[slot].add(self.sent[slot])
+            self.on_the_way.append((slot, self.sent[slot]))
+            self.sent[slot] += 1
+
+    def deliver(self, pick: int) -> None:
+        """One of the messages that are first in their line arrives, a contribution or the news of a joiner."""
+        heads = [m for i, m in enumerate(self.on_the_way) if m[0] not in [s for s, _ in self.on_the_way[:i]]]
+        choices = [*[(True, m) for m in heads], *[(False, n) for n in self.news]]
+        if not choices:
+            return
+        contributed, (slot, chunk) = choices[pick % len(choices)]
+        if contributed:
+            self.on_the_way.remove((slot, chunk))
+            self.gates[chunk].offer(contribution(slot, self.seq[slot]))
+            self.waiting[chunk].append((slot, self.seq[slot]))
+        else:
+            self.news.remove((slot, chunk))
+            before = self.members[chunk].awaited()
+            self.versions[chunk] += 1
+            self.members[chunk].replace(self.versions[chunk], dict.fromkeys([*before, slot], 0))
+            self.gates[chunk].joined([slot])
+            if slot not in [s for s, _ in self.news]:
+                self.welcome(slot)
+        self.answer(chunk)
+
+    def answer(self, chunk: int) -> None:
+        ready = [(s, q) for s, q in self.waiting[chunk] if self.gates[chunk].may_answer(s, q)]
+        for slot, seq in ready:
+            self.waiting[chunk].remove((slot, seq))
+            self.open[slot].remove(chunk)
+            self.go_on(slot)
+        clocks = [self.clock(slot) for slot in self.slots]
+        assert max(clocks) - min(clocks) <= self.bound + 1, "one more than the bound: the answers may be on their way"
+
+    def join(self) -> None:
+        """A worker is to join, once all have heard of the one before."""
+        if not self.news:
+            self.news = [(len(self.slots), chunk) for chunk in range(self.chunks)]
+
+    def welcome(self, slot: int) -> None:
+        self.slots.append(slot)
+        self.seq[slot] = self.first_seq[slot] = self.first + max(gate.clock_of(slot) for gate in self.gates)
+        self.sent[slot], self.open[slot] = 0, set()
+        self.go_on(slot)
+
+
+@given(
+    bound=st.integers(0, 2),
+    chunks=st.integers(1, 3),
+    workers=st.integers(1, 3),
+    first=st.integers(0, 9),
+    window=st.integers(1, 3),
+    actions=st.lists(st.integers(0, 30), max_size=120),
+)
+def test_ssp_workers_that_join_neither_break_the_bound_nor_stall_anybody(
+    bound: int, chunks: int, workers: int, first: int, window: int, actions: list[int]
+) -> None:
+    job = Elastic(bound, chunks, workers, first, window)
+    for action in actions:
+        if action == 30 and len(job.slots) < 5:
+            job.join()
+        else:
+            job.deliver(action)
+    reached = {slot: job.clock(slot) for slot in job.slots}
+    dice = random.Random(1)
+    for _ in range(100 * chunks * (len(job.slots) + 1)):
+        job.deliver(dice.randrange(60))
+    assert all(job.clock(slot) > clock for slot, clock in reached.items()), "somebody waits for ever"
+
+
+def test_ssp_nobody_waits_for_a_joiner_to_catch_up() -> None:
+    members = Members(2)
+    gate = StaleGate(Mode("ssp", 1), members)
+    for seq in range(40):
+        gate.offer(contribution(0, seq))
+        gate.offer(contribution(1, seq))
+    members.replace(1, {0: 0, 1: 0, 2: 0})
+    gate.joined({2})
+    gate.offer(contribution(0, 40))
+    assert gate.may_answer(0, 40)
+    gate.offer(contribution(0, 41))
+    assert gate.waits_for(0, 41) == [1, 2]
+    gate.offer(contribution(1, 40))
+    gate.offer(contribution(2, 40))
+    assert gate.may_answer(0, 41)
+    assert gate.may_answer(2, 40)
 
 
 # ---------------------------------------------------------------- sync

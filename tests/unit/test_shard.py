@@ -88,12 +88,13 @@ def test_a_replaced_worker_is_refused_whatever_it_says() -> None:
     assert isinstance(d.push(0, 1, 0, ones(1, 0, 0, 0), worker_epoch=3), m.Ack), "the new one goes on"
 
 
-def test_a_new_epoch_of_a_worker_does_not_repeat_what_the_old_one_did() -> None:
+def test_a_new_epoch_of_a_worker_counts_its_contributions_anew() -> None:
     d = driver()
     d.push(0, 0, 0, ones(1, 0, 0, 0))
-    d.push(0, 0, 0, ones(1, 0, 0, 0), worker_epoch=1)
-    d.push(0, 0, 1, ones(0, 1, 0, 0), worker_epoch=1)
-    assert d.weights().tolist() == [1, 1, 0, 0]
+    d.push(0, 0, 0, ones(0, 1, 0, 0), worker_epoch=1)
+    d.push(0, 0, 0, ones(0, 1, 0, 0), worker_epoch=1)
+    assert d.weights().tolist() == [1, 1, 0, 0], "its own repeats are repeats"
+    assert refusal(d.push(0, 0, 1, ones(0, 0, 1, 0)))[0] == Refusal.STALE_EPOCH
 
 
 @pytest.mark.parametrize("epoch", [4, 6])

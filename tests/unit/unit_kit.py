@@ -14,7 +14,8 @@ from downpour_common.dtypes import ITEMSIZE, TRAINABLE
 from downpour_common.layout import KINDS, Chunk, Kind, Layout, ModelSpec, TensorSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.transport import Peer
-from downpour_server.shard import Effect, Identity, Reply, SendWeights, Shard
+from downpour_server.effects import Effect, Reply, SendWeights
+from downpour_server.shard import Identity, Shard
 from downpour_server.snapshot import WriteSnapshot
 
 JOB = "job-1"
@@ -156,15 +157,19 @@ class ShardDriver:
         fields = {"job": JOB, "slot": slot, "worker_epoch": 0, "chunk": chunk}
         return self.send(m.Pull(self.number(), **{**fields, **others}))
 
-    def end_epoch(self, slot: int) -> int:
+    def end_epoch(self, slot: int, worker_epoch: int = 0) -> int:
         """Say that the epoch is over; the request's number."""
-        request = m.EndEpoch(self.number(), JOB, slot, 0)
+        request = m.EndEpoch(self.number(), JOB, slot, worker_epoch)
         self.send(request)
         return request.request
 
-    def leave(self, slot: int) -> m.Message:
+    def leave(self, slot: int, worker_epoch: int = 0) -> m.Message:
         """Leave; the answer."""
-        return self.answer(m.Leave(self.number(), JOB, slot, 0))
+        return self.answer(m.Leave(self.number(), JOB, slot, worker_epoch))
+
+    def members(self, version: int, *epochs: tuple[int, int]) -> None:
+        """Have the coordinator say who the workers are, as (slot, epoch)."""
+        self.carry_out(self.shard.set_members(version, dict(epochs)))
 
     # ------------------------------------------------------------ carrying messages
 

@@ -71,7 +71,7 @@ def _join(context: WorkerContext) -> Session:
         from downpour_common.transport.zeromq import ZmqClient
 
         keep_freed_memory()
-        _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT))
+        _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT, context.transport_keys()))
         _watch_the_end(_session)
     return _session
 
@@ -117,17 +117,24 @@ def _number(name: str, value: Any) -> float:
 
 
 def is_chief() -> bool:
-    """Whether this is worker 0, which prints, evaluates and saves. True without a launcher."""
+    """Whether this is the worker with the lowest slot, which prints, evaluates and saves. True without a launcher.
+
+    That is worker 0 for as long as it lives, then the next one.
+    """
+    if _session is not None:
+        return _session.is_chief
     return _context is None or _context.is_chief
 
 
 def rank() -> int:
-    """This worker's slot, 0 to ``world_size() - 1``."""
+    """This worker's slot: 0 to ``world_size() - 1`` as long as no worker has left the job; 0 without a launcher."""
     return 0 if _context is None else _context.slot
 
 
 def world_size() -> int:
-    """The number of workers; 1 without a launcher."""
+    """The number of workers, which changes when one joins or leaves; 1 without a launcher."""
+    if _session is not None:
+        return _session.workers
     return 1 if _context is None else _context.workers
 
 
@@ -184,7 +191,11 @@ def barrier() -> None:
 
 
 def should_stop() -> bool:
-    """Whether the job is being stopped (Ctrl-C, cancel); a script may then leave its loop and end well."""
+    """Whether this worker is to end (Ctrl-C, cancel, SIGTERM); a script may then leave its loop and end well.
+
+    After SIGTERM the worker leaves the job by itself at the end of the step: the script is ended by
+    ``SystemExit``, with its ``finally`` blocks run.
+    """
     return _session is not None and _session.should_stop()
 
 

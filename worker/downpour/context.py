@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from downpour_common.errors import ConfigError
+from downpour_common.keys import ClientKeys, KeyPair
 from downpour_common.modes import Mode, parse_mode
 
 VARIABLE = "DOWNPOUR_WORKER"
@@ -35,6 +36,9 @@ class WorkerContext:
     shared_memory: bool
     timeout_s: float
     start_timeout_s: float
+    keys: dict[str, Any] | None = None
+    """``coordinator``: its public key; ``job``: [public, secret] of the job; ``shards``: the public key of its shards.
+    None: no encryption, and nobody proves who it is"""
 
     @property
     def parsed_mode(self) -> Mode:
@@ -43,8 +47,18 @@ class WorkerContext:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this worker brings the initial weights."""
+        """Whether this is the chief of a job that nobody has left; see :attr:`downpour.session.Session.is_chief`."""
         return self.slot == 0
+
+    def transport_keys(self) -> ClientKeys | None:
+        """For the sockets to the coordinator and to the shards. Raises :class:`ConfigError`."""
+        if self.keys is None:
+            return None
+        try:
+            servers = {self.coordinator: self.keys["coordinator"]}
+            return ClientKeys(KeyPair(*self.keys["job"]), servers, self.keys["shards"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{VARIABLE}: unusable keys ({type(error).__name__})") from None
 
     def to_environment(self) -> dict[str, str]:
         """The variables to start the worker's process with."""

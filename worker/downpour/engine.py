@@ -38,7 +38,10 @@ class Counters:
 
 
 class Engine:
-    """Steps of one worker. ``position`` gives the training data's (epoch, offset) after the step's samples."""
+    """Steps of one worker. ``clock``: of the job, when it joined; ``first_seq``: number of its first contribution.
+
+    ``position`` gives the training data's (epoch, offset) after the step's samples.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         cadence: tuple[int, int],
         clock: int,
+        first_seq: int,
         position: Callable[[], tuple[int, ...]],
     ) -> None:
         self.counters = Counters(clock)
@@ -57,7 +61,7 @@ class Engine:
         self._optimizer = optimizer
         self._n_push, self._n_fetch = cadence
         self._position = position
-        self._seq = clock
+        self._seq = first_seq
         self._first_clock = clock
         self._samples = 0
         self._chunks = space.layout.by_kind["trainable"]

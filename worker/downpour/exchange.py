@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from downpour.client.parameters import ParameterClient, PushHeader
@@ -12,36 +14,52 @@ from downpour_common.layout import Chunk, Kind
 
 
 class StateExchange:
-    """Moves what is not pushed every step: first weights, frozen tensors, buffers."""
+    """Moves what is not pushed every step: first weights, frozen tensors, buffers.
 
-    def __init__(self, context: WorkerContext, space: FlatSpace, staging: Staging, client: ParameterClient) -> None:
+    ``is_chief``: whether this worker is the chief at that moment.
+    """
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        space: FlatSpace,
+        staging: Staging,
+        client: ParameterClient,
+        is_chief: Callable[[], bool],
+    ) -> None:
         self._context = context
+        self._is_chief = is_chief
         self._space = space
         self._staging = staging
         self._client = client
         self._seq = 0
 
-    def start(self, restored: bool, clock: int) -> None:
-        """All workers begin with the same tensors: the chief's, or the checkpoint's."""
-        self._seq = clock
-        self._client.hello()
+    def start(self, restored: bool) -> int:
+        """All workers begin with the same tensors: the chief's, or those that the shards hold.
+
+        Returns the number of this worker's first contribution.
+        """
+        first_seq = self._seq = self._client.hello()
         layout = self._space.layout
         others = self._flats("buffer") | self._flats("frozen")
         self._staging.lend(others)
-        if self._context.is_chief and not restored:
+        if self._is_chief() and not restored:
             self._staging.weights_out(layout.by_kind["trainable"])
             self._client.initialise(layout.chunks)
-            return
+            if self._context.worker_epoch == 0:
+                return first_seq
+            # A predecessor may have brought a part of its own, which counts.
         self._client.pull(layout.chunks)
         for chunk in layout.by_kind["trainable"]:
             self._staging.arrived(chunk)
         self._staging.settle()
         for index, flat in others.items():
             self._space.spread(index, flat)
+        return first_seq
 
     def push_buffers(self, final: bool = False) -> None:
         """Tell the shards this worker's buffers, where the job's rule asks for them."""
-        rule, chief = self._context.buffers, self._context.is_chief
+        rule, chief = self._context.buffers, self._is_chief()
         wanted = rule == "average" or (chief and (rule == "chief" or final))
         chunks = self._buffer_chunks()
         if wanted and chunks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -17,9 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from downpour.client.parameters import ParameterClient
-from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.client.thread import ClientThread
 from downpour.context import WorkerContext
+from downpour.control import Control
 from downpour.data.loader import PreparedLoader
+from downpour.drain import EXIT_CODE, Drain
 from downpour.engine import Counters, Engine
 from downpour.exchange import StateExchange
 from downpour.files import save_state_dict
@@ -29,9 +30,9 @@ from downpour.space import FlatSpace
 from downpour.staging import staging_for
 from downpour_common import messages as m
 from downpour_common import sharing
-from downpour_common.errors import ConfigError, ModelError, ModelMismatch, PeerRefused
+from downpour_common.errors import ConfigError, ModelError
 from downpour_common.layout import SharedLayout, plan
-from downpour_common.messages import Lease, Message, Refusal
+from downpour_common.messages import Lease, Message
 from downpour_common.transport import ClientTransport
 
 PROGRESS_S = 0.5
@@ -42,17 +43,20 @@ class Session:
 
     def __init__(self, context: WorkerContext, transport: ClientTransport) -> None:
         self.context = context
-        self.slot, self.workers, self.seed = context.slot, context.workers, context.seed
+        self.slot, self.seed = context.slot, context.seed
         self.synchronous = context.parsed_mode.synchronous
+        self.drain = Drain()
+        self._slots = tuple(range(context.workers))
+        self._workers = context.workers
         self._thread = ClientThread(transport, context.window_bytes, self._notice)
-        self._thread.name(context.coordinator, "coordinator")
-        self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
+        self._control = Control(self._thread, context, self.leave_point)
         self._stop = threading.Event()
+        self._training_thread = threading.get_ident()
         self._prepared = False
         self._closed = False
+        self._left = False
         self._start_position = (0, 0)
         self._position: tuple[int, ...] = ()
-        self._barriers = 0
         self._clock_at_pass: dict[int, int] = {}
         self._taken: dict[int, tuple[int, tuple[int, int] | None]] = {}  # by loader: samples, position after them
         self._reported_s = 0.0
@@ -79,36 +83,27 @@ class Session:
         described = describe(model, optimizer, self.context.buffers)
         self._prepared = True
         self._model = model
-        welcome = self._register(described)
-        start = (welcome.position[0], welcome.position[1]) if len(welcome.position) == 2 else (0, 0)
+        self._training_thread = threading.get_ident()
+        welcome = self._control.register(described.spec)
+        self._members_are(welcome.slots)
+        start = (welcome.position[0], welcome.position[1]) if len(welcome.position) > 1 else (0, 0)
+        epochs = dict(enumerate(welcome.position[2:], 1))
         self._start_position = start
         self._position = start
         self._connect(described, welcome, optimizer)
         if not loaders or isinstance(loaders[0].dataset, IterableDataset):
             self._position = ()  # only whole passes can be told
         self._loaders = [
-            PreparedLoader(loader, index, self, start if index == 0 else (0, 0)) for index, loader in enumerate(loaders)
+            PreparedLoader(loader, index, self, start if index == 0 else (epochs.get(index, 0), 0))
+            for index, loader in enumerate(loaders)
         ]
         if self.workers > 1:
             self._seed_apart()
+        self.drain.install()
         if model is not None:
             model.register_load_state_dict_post_hook(_warn_of_loading)
         self._report(force=True)
         return self._loaders
-
-    def _register(self, described: Described) -> m.Welcome:
-        c = self.context
-        register = m.RegisterWorker(
-            self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), described.spec.to_wire()
-        )
-        try:
-            answer = self._thread.ask(c.coordinator, register, "all workers and servers to be ready", c.start_timeout_s)
-        except PeerRefused as error:
-            if error.code == Refusal.MODEL_DIFFERS:
-                raise ModelMismatch(error.reason) from None
-            raise
-        assert isinstance(answer, m.Welcome)
-        return answer
 
     def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> None:
         c = self.context
@@ -119,8 +114,8 @@ class Session:
         space = FlatSpace(layout, described.tensors, described.device, offered.view if offered else None)
         staging = staging_for(space)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
-        self._exchange = StateExchange(c, space, staging, self._client)
-        self._exchange.start(welcome.restored, welcome.clock)
+        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.is_chief)
+        first_seq = self._exchange.start(welcome.restored)
         if offered is not None:
             self._client.share(offered)
         if optimizer is not None:
@@ -131,13 +126,17 @@ class Session:
                 optimizer,
                 (c.n_push, c.n_fetch) if c.mode == "async" else (1, 1),
                 welcome.clock,
+                first_seq,
                 lambda: self._position,
             )
             adopt(optimizer, self)
 
     def _seed_apart(self) -> None:
         """Dropout, augmentation and the like differ between workers, and follow from the job's seed."""
-        sequence = np.random.SeedSequence([self.seed, self.slot, 1])
+        restarts = (
+            [self.context.worker_epoch] if self.context.worker_epoch else []
+        )  # not once more what was drawn before
+        sequence = np.random.SeedSequence([self.seed, self.slot, 1, *restarts])
         first, second, third = (int(n) for n in sequence.generate_state(3))
         torch.manual_seed(first)
         random.seed(second)
@@ -150,7 +149,7 @@ class Session:
         assert self._engine is not None
         self._use_batches()
         self._engine.step(local_step)
-        self._report()
+        self._stepped()
 
     def zero_gradients(self) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
@@ -167,17 +166,43 @@ class Session:
         if self._engine is None:
             raise ConfigError("downpour.push needs an optimizer; give one to downpour.prepare")
         self._engine.push(samples)
+        self._stepped()
+
+    def _stepped(self) -> None:
+        for loader in self._loaders:
+            loader.stepped()
         self._report()
+        self.leave_point()
 
     def log(self, values: Mapping[str, float]) -> None:
         """Send scalars to the run's metrics."""
-        self._thread.tell(self.context.coordinator, m.LogMetrics(self.slot, self.clock, dict(values)))
+        self._control.log(self.clock, values)
 
     def barrier(self) -> None:
         """Wait until every live worker is here."""
-        self._barriers += 1
-        enter = m.EnterBarrier(self._thread.number(), self.slot, f"barrier {self._barriers}")
-        self._thread.ask(self.context.coordinator, enter, "the other workers at the barrier", self._timeout_s)
+        self.leave_point()
+        self._control.barrier()
+
+    # ------------------------------------------------------------ who is there
+
+    @property
+    def workers(self) -> int:
+        """Workers in the job, as far as this one knows."""
+        return self._workers
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(workers, index) of this worker among them, ascending by slot."""
+        return self._workers, sum(slot < self.slot for slot in self._slots)
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the member with the lowest slot."""
+        return not self._slots or self.slot <= self._slots[0]
+
+    def _members_are(self, slots: tuple[int, ...]) -> None:
+        self._slots = slots
+        self._workers = max(1, len(slots))
 
     @property
     def clock(self) -> int:
@@ -190,14 +215,25 @@ class Session:
         return self._loaders[0].epoch if self._loaders else self._start_position[0]
 
     def should_stop(self) -> bool:
-        """Whether the job is being stopped."""
-        return self._stop.is_set()
+        """Whether the job is being stopped, or this worker is to leave it."""
+        return self._stop.is_set() or self.drain.asked
+
+    @property
+    def leaving(self) -> bool:
+        """See :class:`downpour.data.loader.Host`."""
+        return self.drain.asked
+
+    def leave_point(self) -> None:
+        """End the script, in good order, if this worker is to leave; :meth:`finish` does the rest."""
+        if self.drain.asked and not self._closed:
+            self._left = True
+            raise SystemExit(EXIT_CODE)
 
     def save(self, path: str) -> None:
         """Write the newest weights of the whole model; only the chief does."""
         if self._model is None:
             raise ConfigError("downpour.save needs a model; give one to downpour.prepare")
-        if self.context.is_chief:
+        if self.is_chief:
             self.pull()
             save_state_dict(self._model, path)
 
@@ -207,15 +243,22 @@ class Session:
         self, loader: int, epoch: int, total: int, unit: int, digest: str, done: list[tuple[int, int]]
     ) -> Lease:
         """See :class:`downpour.data.loader.Host`."""
-        flat = tuple(n for pair in done for n in pair)
-        take = m.TakeLease(self._thread.number(), self.slot, loader, epoch, total, unit, digest, flat)
-        lease = self._thread.ask(self.context.coordinator, take, "a lease on training samples", self._timeout_s)
-        assert isinstance(lease, Lease)
-        return lease
+        if unit:
+            self.leave_point()
+        return self._control.take_lease(loader, epoch, total, unit, digest, done)
 
-    def pass_begins(self, loader: int) -> None:
+    def report_done(self, loader: int, epoch: int, done: list[tuple[int, int]]) -> None:
+        """See :class:`downpour.data.loader.Host`."""
+        self._control.report_done(loader, epoch, done, wait=threading.get_ident() == self._training_thread)
+
+    def pass_begins(self, loader: int, epoch: int) -> tuple[int, int]:
         """See :class:`downpour.data.loader.Host`."""
         self._clock_at_pass[loader] = self.clock
+        if not self.synchronous:
+            return self.share
+        begins = self._control.begin_pass(loader, epoch, self.clock)
+        self._workers = max(1, begins.workers)
+        return self._workers, begins.index
 
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
         """See :class:`downpour.data.loader.Host`. Counts with the next step; never, if it is only evaluated."""
@@ -242,7 +285,7 @@ class Session:
             self._position = (epoch + 1, 0)
         self._exchange.push_buffers()
         if self.synchronous:
-            self._client.end_epoch()
+            self._client.end_epoch(self.leave_point)
         self._exchange.pull_buffers()
 
     # ------------------------------------------------------------ leaving
@@ -257,30 +300,39 @@ class Session:
                 if self._engine is not None:
                     self._engine.flush()
                 self._exchange.push_buffers(final=True)
+                torn = sum([loader.settle() for loader in self._loaders]) + self._torn_next()
                 self._client.leave()
                 self._report(force=True)
-                goodbye = m.Goodbye(self._thread.number(), self.slot, self.context.worker_epoch)
-                self._thread.ask(self.context.coordinator, goodbye, "goodbye to be noted", self._timeout_s)
+                self._control.settle()
+                self._control.goodbye(self.drain.asked, torn)
         except BaseException as error:
-            self._tell_failure(error, "".join(traceback.format_exception(error)))
+            self._control.failed(error, "".join(traceback.format_exception(error)))
             raise
         finally:
             self._thread.close()
+
+    def _torn_next(self) -> int:
+        """sync: samples that this worker would have had of the next pass, if it leaves when that is split already."""
+        if not (self.synchronous and self._left and self._loaders) or self._loaders[0].left_open:
+            return 0
+        begins = self._control.begin_pass(0, self.epoch, -1)
+        return self._loaders[0].part((begins.workers, begins.index)) if begins.workers else 0
 
     def fail(self, error: BaseException, trace: str) -> None:
         """The script has raised: say so and go, without leaving the job in good order."""
         if not self._closed:
             self._closed = True
-            self._tell_failure(error, trace)
+            self._control.failed(error, trace)
             self._thread.close()
 
-    def _tell_failure(self, error: BaseException, trace: str) -> None:
-        text = f"{type(error).__name__}: {error}"
-        self._thread.tell(self.context.coordinator, m.ReportFailure(self.slot, text, trace[-60_000:]))
-
     def _notice(self, message: Message) -> None:
-        if isinstance(message, m.ShouldStop):
-            self._stop.set()
+        """In the client's thread: something that answers nothing."""
+        match message:
+            case m.ShouldStop():
+                self.drain.job_ends = True
+                self._stop.set()
+            case m.MembersChanged():
+                self._members_are(message.slots)
 
     def _report(self, force: bool = False) -> None:
         now_s = time.monotonic()
@@ -289,20 +341,7 @@ class Session:
         self._reported_s = now_s
         traffic = self._client.traffic
         counters = self._engine.counters if self._engine else Counters(0)
-        self._thread.tell(
-            self.context.coordinator,
-            m.Progress(
-                self.slot,
-                self.clock,
-                self.epoch,
-                counters.samples,
-                counters.pushes,
-                counters.pulls,
-                traffic.bytes_sent,
-                traffic.bytes_received,
-                counters.wait_s,
-            ),
-        )
+        self._control.progress(counters, self.clock, self.epoch, (traffic.bytes_sent, traffic.bytes_received))
 
 
 def _warn_of_loading(_module: nn.Module, _keys: object) -> None:

@@ -5,7 +5,7 @@ Each chunk has its own :class:`Gate`, so chunks of one push stream through indep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from downpour_common.modes import Mode
@@ -25,6 +25,12 @@ class Gate(Protocol):
 
     def members_changed(self) -> list[Round]:
         """The awaited slots have changed; returns the updates that are due now, in order."""
+
+    def joined(self, slots: Collection[int]) -> None:
+        """New workers are in these slots, and counted among the members; they have contributed nothing yet."""
+
+    def clock_of(self, slot: int) -> int:
+        """Clocks that ``slot`` counts as having completed, those from before it joined included; 0 where none count."""
 
     def may_answer(self, slot: int, seq: int) -> bool:
         """Whether the fetch that came with contribution ``seq`` of ``slot`` may be answered now."""

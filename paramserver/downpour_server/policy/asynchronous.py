@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
 from downpour_server.members import Members
@@ -20,6 +22,13 @@ class AsyncGate:
     def members_changed(self) -> list[list[Contribution]]:
         """See :class:`downpour_server.policy.Gate`."""
         return []
+
+    def joined(self, _slots: Collection[int]) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
+    def clock_of(self, _slot: int) -> int:
+        """Not counted: nobody waits for it."""
+        return 0
 
     def may_answer(self, _slot: int, _seq: int) -> bool:
         """See :class:`downpour_server.policy.Gate`."""

@@ -1,11 +1,19 @@
 """``ssp:s``: applied on arrival, answered when the slowest awaited worker is at most s clocks behind.
 
-Stale synchronous parallel (Ho et al. 2013). A worker's clock on a chunk is the number of its contributions to
-it. Its fetch after contribution ``seq`` completes clock ``seq + 1`` (counted from the job's start clock), and
-is held back until min(clock) ≥ seq + 1 − s; so no worker is ever more than s completed clocks ahead of another.
+Stale synchronous parallel (Ho et al. 2013). A worker's fetch after contribution ``seq`` completes clock ``seq + 1``,
+counted from the job's first ``seq``, and is held back until min(clock) ≥ its clock − s; so no worker is ever more
+than s completed clocks ahead of another.
+
+A worker that joins later begins where the slowest of the others is, so nobody waits for it to catch up. Gates hear of
+it at different moments, on other shards especially, and would give it different clocks; it would then wait for the
+others on one chunk while they wait for it on another, for ever. Therefore it is told the largest of them
+(:meth:`StaleGate.clock_of`) and numbers its contributions from there, the same on all chunks of all shards. Until its
+first contribution to a chunk the smaller clock stands there; so it sends that to all chunks before it awaits an answer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
@@ -18,32 +26,41 @@ class StaleGate:
     def __init__(self, mode: Mode, members: Members) -> None:
         self._bound = mode.staleness
         self._members = members
-        self._first: dict[int, int] = {}
         self._done: dict[int, int] = {}
 
     def offer(self, contribution: Contribution) -> list[list[Contribution]]:
         """See :class:`downpour_server.policy.Gate`."""
-        self._first.setdefault(contribution.slot, contribution.seq)
-        self._done[contribution.slot] = contribution.seq + 1 - self._first[contribution.slot]
+        self._done[contribution.slot] = max(self.clock_of(contribution.slot), self._clock(contribution.seq))
         return [[contribution]]
 
     def members_changed(self) -> list[list[Contribution]]:
         """See :class:`downpour_server.policy.Gate`."""
         return []
 
+    def joined(self, slots: Collection[int]) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+        others = [self.clock_of(slot) for slot in self._members.awaited() if slot not in slots]
+        base = min(others) if others else max(self._done.values(), default=0)
+        for slot in slots:
+            self._done[slot] = base
+
+    def clock_of(self, slot: int) -> int:
+        """See :class:`downpour_server.policy.Gate`."""
+        return self._done.get(slot, 0)
+
     def may_answer(self, slot: int, seq: int) -> bool:
         """See :class:`downpour_server.policy.Gate`."""
         return self.clock_gap(slot, seq) <= self._bound
 
-    def waits_for(self, slot: int, seq: int) -> list[int]:
+    def waits_for(self, _slot: int, seq: int) -> list[int]:
         """See :class:`downpour_server.policy.Gate`."""
-        needed = self._clock(slot, seq) - self._bound
-        return [other for other in self._members.awaited() if self._done.get(other, 0) < needed]
+        needed = self._clock(seq) - self._bound
+        return [other for other in self._members.awaited() if self.clock_of(other) < needed]
 
-    def clock_gap(self, slot: int, seq: int) -> int:
+    def clock_gap(self, _slot: int, seq: int) -> int:
         """See :class:`downpour_server.policy.Gate`."""
-        slowest = min((self._done.get(other, 0) for other in self._members.awaited()), default=None)
-        return 0 if slowest is None else self._clock(slot, seq) - slowest
+        slowest = min((self.clock_of(other) for other in self._members.awaited()), default=None)
+        return 0 if slowest is None else self._clock(seq) - slowest
 
-    def _clock(self, slot: int, seq: int) -> int:
-        return seq + 1 - self._first.get(slot, seq + 1)
+    def _clock(self, seq: int) -> int:
+        return seq + 1 - self._members.first_seq

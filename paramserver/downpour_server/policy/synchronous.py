@@ -2,12 +2,14 @@
 
 A slot's contributions queue up in the order it sent them. The open round is complete when every awaited slot
 has one queued; it takes the head of every queue, those of slots that have ended or left included. Which
-contributions meet in a round therefore follows from what the workers do alone, never from timing.
+contributions meet in a round therefore follows from what the workers do alone, never from timing. Workers join
+between two passes, when nothing is queued.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
@@ -36,6 +38,16 @@ class SyncGate:
                 self._applied[head.slot] = head.seq
             rounds.append(heads)
         return rounds
+
+    def joined(self, slots: Collection[int]) -> None:
+        """See :class:`downpour_server.policy.Gate`; what a predecessor left in the queue is dropped."""
+        for slot in slots:
+            self._queues.pop(slot, None)
+            self._applied.pop(slot, None)
+
+    def clock_of(self, _slot: int) -> int:
+        """Not counted: a round waits for all."""
+        return 0
 
     def may_answer(self, slot: int, seq: int) -> bool:
         """See :class:`downpour_server.policy.Gate`."""

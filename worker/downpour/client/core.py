@@ -2,6 +2,11 @@
 
 Credit: at most ``window_bytes`` of payload per server are unanswered (one message is always let through), so a
 server's memory is bounded whatever the number of messages. Requests to one server leave in the order submitted.
+
+Repeats: a request to the coordinator is sent again, with its number, until it is answered or overdue, because the
+coordinator may be restarted. While it is silent only one request is repeated at a time: ZeroMQ keeps what is sent to
+a peer that is away, and may keep it for long. At most :data:`MOST_OPEN` such requests are unanswered, so the
+coordinator need not remember more answers. Requests to shards are never repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +22,10 @@ from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRef
 from downpour_common.messages import Message, Refusal, Request
 
 OnAnswer = Callable[[Request], None]
+REPEAT_S = 2.0
+"""For what is to be repeated: the time without an answer after which it is."""
+MOST_OPEN = 32
+"""Unanswered requests that are repeated, per server."""
 
 
 class Ticket:
@@ -57,6 +66,10 @@ class Ticket:
             self.answers.put(None)
             self._done.set()
 
+    def settled(self, timeout_s: float = 0.0) -> bool:
+        """Whether :meth:`wait` would return or raise at once; waits at most ``timeout_s`` for that."""
+        return self._done.wait(timeout_s)
+
     def wait(self) -> None:
         """Until all answers are there. Raises what :meth:`failed` was told; the client's deadlines see to an end."""
         self._done.wait()
@@ -73,7 +86,10 @@ class Ticket:
 
 @dataclass(slots=True)
 class Submission:
-    """A request on its way: ``awaited`` says in words what the answer will be, for error messages."""
+    """A request on its way: ``awaited`` says in words what the answer will be, for error messages.
+
+    ``repeat_s``: time without an answer after which it is sent again; 0: never.
+    """
 
     server: str
     message: Request
@@ -81,7 +97,9 @@ class Submission:
     awaited: str
     timeout_s: float
     nbytes: int = 0
+    repeat_s: float = 0.0
     due_s: float = 0.0
+    again_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -89,6 +107,21 @@ class _Server:
     name: str
     waiting: deque[Submission] = field(default_factory=deque)
     unanswered_bytes: int = 0
+    open: int = 0
+    """unanswered requests that are repeated"""
+    heard: bool = False
+    """whether an answer has come since its requests were repeated last"""
+    repeated_s: float = 0.0
+
+    def has_room(self, head: Submission, window_bytes: int) -> bool:
+        if head.repeat_s and self.open >= MOST_OPEN:
+            return False
+        return not self.unanswered_bytes or self.unanswered_bytes + head.nbytes <= window_bytes
+
+    def count(self, submission: Submission, by: int) -> None:
+        """``by``: 1 when it is sent, -1 when it is not awaited any more."""
+        self.unanswered_bytes += by * submission.nbytes
+        self.open += by if submission.repeat_s else 0
 
 
 class ClientCore:
@@ -98,6 +131,8 @@ class ClientCore:
         self._window = window_bytes
         self._servers: dict[str, _Server] = {}
         self._in_flight: dict[int, Submission] = {}
+        self._again: list[Submission] = []
+        self._now_s = 0.0
         self.closed: DownpourError | None = None
 
     def name(self, server: str, name: str) -> None:
@@ -109,19 +144,23 @@ class ClientCore:
         if self.closed is not None:
             submission.ticket.failed(self.closed)
             return
+        self._now_s = now_s
         submission.due_s = now_s + submission.timeout_s
         self._servers.setdefault(submission.server, _Server(submission.server)).waiting.append(submission)
 
     def outgoing(self) -> list[tuple[str, Message]]:
         """The messages to send now, in order."""
-        sends: list[tuple[str, Message]] = []
+        again = [s for s in self._again if s.message.request in self._in_flight]
+        sends: list[tuple[str, Message]] = [(s.server, s.message) for s in again]
+        self._again.clear()
         for address, server in self._servers.items():
             while server.waiting:
                 head = server.waiting[0]
-                if server.unanswered_bytes and server.unanswered_bytes + head.nbytes > self._window:
+                if not server.has_room(head, self._window):
                     break
                 server.waiting.popleft()
-                server.unanswered_bytes += head.nbytes
+                server.count(head, 1)
+                head.again_s = self._now_s + head.repeat_s
                 self._in_flight[head.message.request] = head
                 sends.append((address, head.message))
         return sends
@@ -132,18 +171,28 @@ class ClientCore:
         if submission is None:
             return
         server = self._servers[submission.server]
-        server.unanswered_bytes -= submission.nbytes
+        server.count(submission, -1)
+        server.heard = True
         if isinstance(message, m.Refused):
             submission.ticket.failed(_refusal(server.name, submission, message))
         else:
             submission.ticket.answered(message)
 
+    def abandon(self, ticket: Ticket) -> None:
+        """Nobody waits for this any more: it is not repeated, and what has not left does not leave."""
+        for number in [n for n, s in self._in_flight.items() if s.ticket is ticket]:
+            submission = self._in_flight.pop(number)
+            self._servers[submission.server].count(submission, -1)
+        for server in self._servers.values():
+            server.waiting = deque(s for s in server.waiting if s.ticket is not ticket)
+
     def tick(self, now_s: float) -> None:
-        """Fail what is overdue."""
+        """Fail what is overdue, repeat what has waited for long."""
+        self._now_s = now_s
         overdue = [s for s in self._in_flight.values() if now_s > s.due_s]
         for submission in overdue:
             del self._in_flight[submission.message.request]
-            self._servers[submission.server].unanswered_bytes -= submission.nbytes
+            self._servers[submission.server].count(submission, -1)
             self._time_out(submission)
         for server in self._servers.values():
             late = [s for s in server.waiting if now_s > s.due_s]
@@ -151,6 +200,22 @@ class ClientCore:
                 server.waiting = deque(s for s in server.waiting if now_s <= s.due_s)
             for submission in late:
                 self._time_out(submission)
+        self._repeat(now_s)
+
+    def _repeat(self, now_s: float) -> None:
+        waiting: dict[str, list[Submission]] = {}
+        for submission in self._in_flight.values():
+            if submission.repeat_s and now_s >= submission.again_s:
+                waiting.setdefault(submission.server, []).append(submission)
+        for address, late in waiting.items():
+            server = self._servers[address]
+            if not server.heard and now_s - server.repeated_s < late[0].repeat_s:
+                continue
+            due = late if server.heard else [min(late, key=lambda s: s.again_s)]
+            server.heard, server.repeated_s = False, now_s
+            for submission in due:
+                submission.again_s = now_s + submission.repeat_s
+            self._again += due
 
     def _time_out(self, submission: Submission) -> None:
         name = self._servers[submission.server].name
@@ -163,6 +228,7 @@ class ClientCore:
         for submission in [*self._in_flight.values(), *waiting]:
             submission.ticket.failed(error)
         self._in_flight.clear()
+        self._again.clear()
         for server in self._servers.values():
             server.waiting.clear()
 
@@ -174,4 +240,7 @@ def _refusal(name: str, submission: Submission, refused: m.Refused) -> DownpourE
         error = PeerTimeout(name, submission.awaited, submission.timeout_s)
         error.args = (f"{name}: {refused.reason} (awaited: {submission.awaited})",)
         return error
+    if refused.code == Refusal.STALE_EPOCH:
+        reason = f"{refused.reason}; this process takes no part in the job any more and must end"
+        return PeerRefused(name, refused.code, reason)
     return PeerRefused(name, refused.code, refused.reason)

@@ -70,23 +70,33 @@ class ParameterClient:
         self._epochs = [0] * len(shards)
         self._attached = [False] * len(shards)
         self._versions = [0] * len(layout.chunks)
+        self._bounded = context.parsed_mode.name == "ssp"
+        self._first_seq = 0
         self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
         for index, address in enumerate(shards):
             thread.name(address, f"server/{index}")
 
-    def hello(self) -> None:
-        """Introduce this worker to every shard; they refuse a model of another layout."""
+    def hello(self) -> int:
+        """Introduce this worker to every shard; they refuse a model of another layout.
+
+        Returns the number of this worker's first contribution: the largest that a shard names, and the same on all,
+        see :mod:`downpour_server.policy.stale`.
+        """
         c = self._context
+        first = [0]
 
         def on_answer(message: Request) -> None:
             assert isinstance(message, m.HelloReply)
             self._epochs[message.shard] = message.shard_epoch
+            first.append(message.clock)
 
         self._everywhere(
             lambda number: m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest),
             "greeting",
             on_answer,
         )
+        self._first_seq = max(first)
+        return self._first_seq
 
     def share(self, offered: OfferedMemory) -> None:
         """Offer the shards this worker's memory; from then on, push-pulls of its gradients send headers only.
@@ -172,12 +182,13 @@ class ParameterClient:
         """Send chunks' contributions; their new weights come with the answers."""
         self._thread.submit([self._push_pull(chunk, header, ticket) for chunk in chunks])
 
-    def end_epoch(self) -> None:
-        """No more contributions until every live worker says the same; returns then."""
+    def end_epoch(self, leave_point: Callable[[], None]) -> None:
+        """No more contributions until every live worker says the same; returns then. See :meth:`ClientThread.wait`."""
         c = self._context
         self._everywhere(
             lambda number: m.EndEpoch(number, c.job, c.slot, c.worker_epoch),
             "the end of the epoch in all other workers",
+            leave_point=leave_point,
         )
 
     def leave(self) -> None:
@@ -185,10 +196,16 @@ class ParameterClient:
         c = self._context
         self._everywhere(lambda number: m.Leave(number, c.job, c.slot, c.worker_epoch), "leave to be noted")
 
-    def _everywhere(self, make: Callable[[int], Request], awaited: str, on_answer: OnAnswer | None = None) -> None:
+    def _everywhere(
+        self,
+        make: Callable[[int], Request],
+        awaited: str,
+        on_answer: OnAnswer | None = None,
+        leave_point: Callable[[], None] | None = None,
+    ) -> None:
         """One request to every shard, made with its number; waits for all answers."""
         requests = [(address, make(self._thread.number())) for address in self._shards]
-        self._thread.ask_all(requests, awaited, self._timeout_s, on_answer)
+        self._thread.ask_all(requests, awaited, self._timeout_s, on_answer, leave_point)
 
     def _push_pull(self, chunk: Chunk, header: PushHeader, ticket: Ticket) -> Submission:
         head = self._head(chunk, header)
@@ -218,13 +235,15 @@ class ParameterClient:
     def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
         self.traffic.bytes_sent += chunk.nbytes
         awaited = f"answer to push {message.seq} of chunk {chunk.index}"
-        return self._submission(chunk, message, ticket, awaited, in_frames=not isinstance(message, m.PushPullShared))
+        # The first one must not wait for credit in ssp, see downpour_server.policy.stale.
+        free = self._bounded and message.seq == self._first_seq
+        return self._submission(chunk, message, ticket, awaited, not free and not isinstance(message, m.PushPullShared))
 
     def _submission(
-        self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str, in_frames: bool = True
+        self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str, counted: bool = True
     ) -> Submission:
-        """``in_frames``: the chunk itself is sent or comes back, and so counts against the credit."""
-        nbytes = chunk.nbytes if in_frames else 0
+        """``counted``: the chunk itself is sent or comes back, and counts against the credit."""
+        nbytes = chunk.nbytes if counted else 0
         return Submission(self._shards[chunk.shard], message, ticket, awaited, self._timeout_s, nbytes)
 
     def _take_weights(self, message: Request) -> None:

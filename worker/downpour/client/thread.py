@@ -11,12 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from downpour.client.core import ClientCore, OnAnswer, Submission, Ticket
+from downpour.client.core import REPEAT_S, ClientCore, OnAnswer, Submission, Ticket
 from downpour_common.errors import DownpourError, PeerError
 from downpour_common.messages import Message, Request
 from downpour_common.transport import ClientTransport
 
 TICK_S = 0.25
+LOOK_S = 0.1
+"""How often a wait that may be left looks whether it is to be."""
 DEADLINE_MARGIN_S = 5.0
 """The shard's own deadline comes first, because it knows whom the answer is waiting for."""
 
@@ -30,6 +32,8 @@ class ClientThread:
         self._on_notice = on_notice
         self._inbox: deque[Submission | tuple[str, Message] | Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
+        self._standing: tuple[str, Message] | None = None
+        self._said_s = 0.0
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="downpour-io", daemon=True)
@@ -59,11 +63,43 @@ class ClientThread:
         awaited: str,
         timeout_s: float,
         on_answer: OnAnswer | None = None,
+        leave_point: Callable[[], None] | None = None,
     ) -> None:
-        """Send several requests and wait for all answers. Raises :class:`DownpourError`."""
+        """Send several requests and wait for all answers; ``leave_point`` as in :meth:`wait`.
+
+        Raises :class:`DownpourError`.
+        """
         ticket = Ticket(len(requests), on_answer)
         self.submit([Submission(server, message, ticket, awaited, timeout_s) for server, message in requests])
+        if leave_point is not None:
+            self.wait(ticket, leave_point)
         ticket.wait()
+
+    def wait(self, ticket: Ticket, leave_point: Callable[[], None]) -> None:
+        """Until the ticket is settled; ``leave_point`` is called now and then, and the wait given up if it raises."""
+        try:
+            while not ticket.settled(LOOK_S):
+                leave_point()
+        except BaseException:
+            self._put(lambda: self._core.abandon(ticket))
+            raise
+
+    def keep_telling(self, server: str, message: Message) -> None:
+        """As :meth:`tell`, and again every :data:`REPEAT_S` until there is something newer to say.
+
+        From it a restarted server learns where this client can be reached.
+        """
+
+        def say() -> None:
+            self._standing = (server, message)
+            self._say()
+
+        self._put(say)
+
+    def _say(self) -> None:
+        if self._standing is not None and not self._ended.is_set():
+            self._transport.send(*self._standing)
+            self._said_s = time.monotonic()
 
     def tell(self, server: str, message: Message) -> None:
         """Send a message that has no answer."""
@@ -102,6 +138,8 @@ class ClientThread:
                 if now_s - last_tick_s >= TICK_S:
                     last_tick_s = now_s
                     self._core.tick(now_s)
+                    if now_s - self._said_s >= REPEAT_S:
+                        self._say()
         except Exception as problem:
             error = PeerError("worker", f"the communication thread failed: {type(problem).__name__}: {problem}")
             raise

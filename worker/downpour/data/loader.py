@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,36 +13,39 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from downpour.data import order as orders
-from downpour.data.rounds import RoundSplit
+from downpour.data.record import Part, PassRecord
+from downpour.data.rounds import Round, RoundSplit
 from downpour_common.errors import ModelError, PeerError
 from downpour_common.messages import Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One batch's place in its pass: positions ``start:stop``; ``offset`` and ``last`` as in ``rounds.Round``."""
-
-    start: int
-    stop: int
-    offset: int = 0
-    last: bool = False
-
-
 class Host(Protocol):
-    """What a prepared loader needs of its worker."""
+    """What a prepared loader needs of its worker. ``leaving``: it has been asked to leave."""
 
-    slot: int
-    workers: int
     seed: int
     synchronous: bool
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this worker is to leave the job."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(workers, index): how many there are, as far as is known, and which of them this one is."""
+
+    def leave_point(self) -> None:
+        """Ends the script if this worker is to leave."""
 
     def take_lease(
         self, loader: int, epoch: int, total: int, unit: int, digest: str, done: list[tuple[int, int]]
     ) -> Lease:
-        """More positions of a pass (``unit`` 0: only report what is done)."""
+        """More positions of a pass, and a report of what is done."""
 
-    def pass_begins(self, loader: int) -> None:
-        """A pass over a loader begins."""
+    def report_done(self, loader: int, epoch: int, done: list[tuple[int, int]]) -> None:
+        """What is done of a pass that is over; the rest of this worker's leases goes back. In any thread."""
+
+    def pass_begins(self, loader: int, epoch: int) -> tuple[int, int]:
+        """A pass over a loader begins; returns (workers, index) for all of it."""
 
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
         """A batch is given to the script; ``position`` is the data position once it is used, where known."""
@@ -68,14 +70,16 @@ class _Units(Sampler[Any]):
 
 
 class _EveryNth(IterableDataset[Any]):
-    """The samples of an iterable dataset whose number is ``slot`` modulo ``workers``."""
+    """The samples of an iterable dataset whose number is ``index`` modulo ``workers``; ``share`` is both."""
 
-    def __init__(self, dataset: IterableDataset[Any], slot: int, workers: int) -> None:
-        self._dataset, self._slot, self._workers = dataset, slot, workers
+    def __init__(self, dataset: IterableDataset[Any], share: tuple[int, int]) -> None:
+        self._dataset = dataset
+        self.share = share
 
     def __iter__(self) -> Iterator[Any]:
+        workers, index = self.share
         for number, sample in enumerate(self._dataset):
-            if number % self._workers == self._slot:
+            if number % workers == index:
                 yield sample
 
 
@@ -83,8 +87,8 @@ class PreparedLoader(DataLoader[Any]):
     """A DataLoader over this worker's share; each ``iter()`` is one pass.
 
     Map-style datasets: in the synchronous modes by rounds, from (seed, epoch, round) alone; in the others by leases,
-    so that a faster worker takes more. ``len()`` is exact for rounds and a fair share for leases. Iterable datasets:
-    every n-th sample.
+    so that a faster worker takes more. ``len()`` is exact for rounds and a fair share for leases, as long as no worker
+    joins or leaves. Iterable datasets: every n-th sample.
     """
 
     def __init__(self, original: DataLoader[Any], index: int, host: Host, start: tuple[int, int]) -> None:
@@ -95,7 +99,11 @@ class PreparedLoader(DataLoader[Any]):
         self._drop_last = bool(getattr(original, "drop_last", False))
         self._iterable = isinstance(original.dataset, IterableDataset)
         self.parts: deque[Part] = deque()
-        self._finished: list[tuple[int, int]] = []
+        self._record: PassRecord | None = None  # of the open pass
+        self._share = host.share
+        self._torn = 0
+        self._leased = False
+        self.left_open = False
         source = None if self._iterable else orders.units(original)
         self._by_sample = self._iterable or source is original.sampler
         self._unit = (original.batch_size or 1) if self._by_sample else 1
@@ -119,7 +127,7 @@ class PreparedLoader(DataLoader[Any]):
         }
         if self._iterable:
             assert isinstance(o.dataset, IterableDataset)
-            arguments["dataset"] = _EveryNth(o.dataset, self._host.slot, self._host.workers)
+            arguments["dataset"] = _EveryNth(o.dataset, self._share)
             arguments.update(batch_size=o.batch_size, drop_last=o.drop_last)
         elif o.batch_sampler is None:
             arguments.update(batch_size=None, sampler=_Units(self))
@@ -132,38 +140,88 @@ class PreparedLoader(DataLoader[Any]):
         """Passes finished so far, those before a resume included."""
         return self._epoch
 
-    def _split(self, offset: int) -> RoundSplit:
-        host = self._host
+    def _split(self, share: tuple[int, int], offset: int) -> RoundSplit:
         units = orders.units(self._original)
         if not hasattr(units, "__len__"):
             raise ModelError(f"{type(units).__name__} has no length, which mode sync needs for its rounds; add __len__")
         total = len(units)
-        return RoundSplit(total, self._unit, host.workers, host.slot, self._drop_last and self._by_sample, offset)
+        return RoundSplit(total, self._unit, *share, self._drop_last and self._by_sample, offset)
 
     def __len__(self) -> int:
         if self._host.synchronous and not self._iterable:
-            return self._split(0).rounds
-        return math.ceil(len(self._original) / self._host.workers)
+            return self._split(self._host.share, 0).rounds
+        return math.ceil(len(self._original) / self._host.share[0])
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._host.leave_point()
         self.parts.clear()
-        self._host.pass_begins(self._index)
         epoch, batches = self._epoch, 0
+        record = self._begin(epoch)
         try:
             for batch in super().__iter__():
                 part = self.parts.popleft() if self.parts else None
                 self._host.batch_taken(self._index, self._samples(batch, part), self._position(epoch, part))
+                if part is not None:
+                    record.take(part)
                 yield batch
                 batches += 1
-                if part is not None:
-                    self._finished.append((part.start, part.stop))
+                record.next_asked(torch.is_grad_enabled())
+            record.end(complete=True)
         finally:  # also for a script that leaves the pass early: the next pass is another one
-            if not self._iterable and not self._host.synchronous:
-                with contextlib.suppress(PeerError):  # at the very end, when the connection is closed
-                    self._report_done()
+            self._end(record)
             self._epoch = epoch + 1
             self._start_offset = 0
         self._host.pass_ends(self._index, epoch, batches)
+
+    def _begin(self, epoch: int) -> PassRecord:
+        share = self._host.pass_begins(self._index, epoch)
+        if self._iterable and share != self._share:
+            assert isinstance(self.dataset, _EveryNth)
+            self.dataset.share = share
+            self._iterator = None  # persistent loader processes have a copy of the dataset
+        self._share = share
+        self._record = PassRecord()
+        return self._record
+
+    def _end(self, record: PassRecord) -> None:
+        if self._record is not record:
+            return  # settled before
+        self._freeze()
+        with contextlib.suppress(PeerError):  # at the very end, when the connection is closed
+            self._report_done()
+        self._record = None
+
+    def _freeze(self) -> None:
+        """The open pass is over, complete or not. One who leaves counts what it will not train."""
+        assert self._record is not None
+        if not self._host.leaving:
+            self._record.end(complete=False)
+        elif not self._record.complete:
+            self.left_open = True
+            if self._record.trained:  # else it was only looked at
+                self._torn += self.part(self._share, self._start_offset) - self._record.trained
+
+    def part(self, share: tuple[int, int], offset: int = 0) -> int:
+        """Samples of this worker's part of a pass in rounds; 0 where parts are not known before."""
+        if self._iterable or not self._host.synchronous:
+            return 0
+        order = self._order()
+        return sum(self._part(r, order).samples for r in self._split(share, offset))
+
+    def settle(self) -> int:
+        """This worker leaves the job: report what is done of an open pass.
+
+        Returns samples of its part of passes in rounds that it has not trained and nobody will. ``left_open`` tells
+        whether a pass was open.
+        """
+        if self._record is not None:
+            self._end(self._record)
+        return self._torn
+
+    def stepped(self) -> None:
+        """A step was completed with all batches taken so far."""
+        if self._record is not None:
+            self._record.stepped()
 
     def _samples(self, batch: Any, part: Part | None) -> int:
         return part.stop - part.start if part is not None and self._by_sample else _batch_size(batch)
@@ -174,42 +232,49 @@ class PreparedLoader(DataLoader[Any]):
             return None
         return (epoch + 1, 0) if part.last else (epoch, part.offset)
 
+    def _order(self) -> Sequence[Any]:
+        return orders.pass_order(self._original, self._host.seed, self._index, self._epoch)
+
     def next_units(self) -> Iterator[tuple[Part, Any]]:
         """This worker's batches of the present pass, with their places."""
-        order = orders.pass_order(self._original, self._host.seed, self._index, self._epoch)
+        order = self._order()
         places = self._rounds() if self._host.synchronous else self._leases(order)
-        for part in places:
+        for place in places:
+            part = self._part(place, order)
             if self._by_sample and self._original.batch_sampler is not None:
                 yield part, [int(i) for i in order[part.start : part.stop]]
             else:
                 unit = order[part.start]
                 yield part, int(unit) if isinstance(unit, np.integer) else unit
 
-    def _rounds(self) -> Iterator[Part]:
-        for r in self._split(self._start_offset):
-            if r.start < r.stop:
-                yield Part(r.start, r.stop, r.offset, r.last)
+    def _part(self, place: Round, order: Sequence[Any]) -> Part:
+        samples = place.stop - place.start
+        if not self._by_sample:
+            samples = sum(_batch_size(order[at]) for at in range(place.start, place.stop))
+        return Part(place.start, place.stop, samples, place.offset, place.last)
 
-    def _leases(self, order: Any) -> Iterator[Part]:
+    def _rounds(self) -> Iterator[Round]:
+        return (r for r in self._split(self._share, self._start_offset) if r.start < r.stop)
+
+    def _leases(self, order: Sequence[Any]) -> Iterator[Round]:
         total, unit = len(order), self._unit
         if self._drop_last and self._by_sample:
             total -= total % unit
         digest = orders.digest(order)
         while True:
-            lease = self._host.take_lease(self._index, self._epoch, total, unit, digest, self._take_finished())
+            done = self._record.report() if self._record is not None else []
+            lease = self._host.take_lease(self._index, self._epoch, total, unit, digest, done)
+            self._leased = True
             if lease.start >= lease.stop:
                 return
             for start in range(lease.start, lease.stop, unit):
-                yield Part(start, min(start + unit, lease.stop))
+                yield Round(start, min(start + unit, lease.stop), 0, False)
 
     def _report_done(self) -> None:
-        done = self._take_finished()
-        if done:
-            self._host.take_lease(self._index, self._epoch, 0, 0, "", done)
-
-    def _take_finished(self) -> list[tuple[int, int]]:
-        done, self._finished = self._finished, []
-        return done
+        """What is done of a pass by leases; the rest of them goes back."""
+        if self._leased and self._record is not None:
+            self._leased = False
+            self._host.report_done(self._index, self._epoch, self._record.report())
 
 
 def _batch_size(batch: Any) -> int:

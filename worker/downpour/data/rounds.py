@@ -27,7 +27,8 @@ class RoundSplit:
     total: int
     unit: int
     workers: int
-    slot: int
+    index: int
+    """of this worker among them"""
     drop_last: bool
     offset: int = 0
 
@@ -43,6 +44,6 @@ class RoundSplit:
         for index in range(self.rounds):
             low = self.offset + index * size
             count = min(size, self.total - low)
-            start = low + count * self.slot // self.workers
-            stop = low + count * (self.slot + 1) // self.workers
+            start = low + count * self.index // self.workers
+            stop = low + count * (self.index + 1) // self.workers
             yield Round(start, stop, low + count, index == self.rounds - 1)
