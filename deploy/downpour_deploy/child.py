@@ -15,6 +15,8 @@ from downpour_common.process import die_with_parent, prepare_child
 
 TAIL_LINES = 60
 """Last lines of output kept for the report of a failure."""
+LINE_BYTES = 1 << 20
+"""Output without an end of line (progress bars have none) counts as a line from here on."""
 
 
 class Child:
@@ -33,10 +35,16 @@ class Child:
         log: str,
         on_line: Callable[[Child, str], None],
         on_exit: Callable[[Child], None],
+        epoch: int = 0,
+        cwd: str | None = None,
     ) -> None:
-        self.role, self.index = role, index
+        self.role, self.index, self.epoch = role, index, epoch
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.returncode: int | None = None
+        self.ending = False
+        """whether it has been told to end"""
+        self.log_bytes = 0
+        """bytes of its output that are in the log file"""
         self._on_line, self._on_exit = on_line, on_exit
         self._loop = asyncio.get_running_loop()
         self._log: BinaryIO | None = open(log, "ab")  # noqa: SIM115
@@ -47,11 +55,12 @@ class Child:
             self._process = subprocess.Popen(
                 command,
                 env=dict(environment),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  the launcher starts children before any thread
+                preexec_fn=die_with_parent,  # noqa: PLW1509  it allocates nothing and takes no lock
             )
         except OSError:
             self._close_log()
@@ -74,11 +83,11 @@ class Child:
         """Whether the process has not ended yet."""
         return self.returncode is None
 
-    def send_signal(self, number: signal.Signals) -> None:
-        """Signal the process and whatever it started in its session."""
+    def send_signal(self, number: signal.Signals, alone: bool = False) -> None:
+        """Signal the process and whatever it started in its session; ``alone``: only the process."""
         if self.running:
             try:
-                os.killpg(self.pid, number)
+                (os.kill if alone else os.killpg)(self.pid, number)
             except ProcessLookupError:
                 pass  # it ended this instant; the pidfd tells
 
@@ -97,10 +106,13 @@ class Child:
             try:
                 self._log.write(data)
                 self._log.flush()
+                self.log_bytes += len(data)
             except OSError as error:
                 self._on_line(self, f"[from here on, the log file is not written: {error.strerror}]")
                 self._close_log()
         *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) >= LINE_BYTES:
+            lines, self._partial = [*lines, self._partial], b""
         for line in lines:
             self._emit(line)
 

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from downpour_coordinator.state import Coordinator
-from downpour_deploy.outcome import Outcome, quantiles
+from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.outcome import Outcome, quantiles
 from downpour_deploy.resolve import ResolvedJob
 
 STATUS_S = 10.0
@@ -62,23 +62,22 @@ class Display:
         """Something the user should know."""
         self._console.print(Text(f"downpour: {text}", "yellow"))
 
-    def progress(self, state: Coordinator, waiting_s: float, degraded: str) -> None:
+    def progress(self, job: Lifecycle, now_s: float) -> None:
         """Called a few times per second."""
         if self._quiet:
             return
-        now_s = time.monotonic()
         if self._live is not None:
-            self._live.update(Text(self._status(state, waiting_s, degraded, now_s), "bold"))
+            self._live.update(Text(self._status(job, now_s), "bold"))
         elif now_s - self._last_status_s >= STATUS_S:
             self._last_status_s = now_s
-            status = self._status(state, waiting_s, degraded, now_s)
+            status = self._status(job, now_s)
             self._console.print(f"downpour: {status}", markup=False)
 
-    def _status(self, state: Coordinator, waiting_s: float, degraded: str, now_s: float) -> str:
-        missing = state.waiting_for()
-        if not state.training:
-            names = ", ".join(missing) if missing else "the servers to take the model"
-            return f"waiting for {names} ({waiting_s:.0f} s)"
+    def _status(self, job: Lifecycle, now_s: float) -> str:
+        state = job.training
+        if job.phase in (Phase.STARTING, Phase.WAITING) or not state.begun:
+            names = ", ".join(job.waiting_for()) or "the processes to end"
+            return f"waiting for {names} ({job.waited_s(now_s):.0f} s)"
         reports = [w.progress for w in state.workers.values() if w.progress is not None]
         samples = sum(p.samples for p in reports)
         before_s, before = self._last_samples
@@ -94,8 +93,8 @@ class Display:
         stale = quantiles(state.staleness())
         if stale:
             parts.append(f"staleness {stale['p50']}/{stale['p99']}/{stale['max']}")
-        if degraded:
-            parts.append(f"DEGRADED: {degraded}")
+        if job.degraded:
+            parts.append(f"DEGRADED: {job.degraded}")
         return "  ".join(parts)
 
     def stop(self) -> None:

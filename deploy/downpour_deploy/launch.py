@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from downpour.context import WorkerContext
 from downpour_common.config import JobSpec
-from downpour_coordinator.state import JobFacts
+from downpour_coordinator.facts import JobFacts, facts_for
 from downpour_deploy.resolve import ResolvedJob
 from downpour_server.config import ShardConfig
 
 Process = tuple[list[str], dict[str, str]]
 """Command and environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs and what it is told besides the job: at its default, by ``downpour run`` on this machine."""
+
+    remote: bool = False
+    """on a host of a cluster, where an agent starts it"""
+    epoch: int = 0
+    workers: int = 0
+    """members at the start; 0: as many as the job wants"""
+    threads: int = 0
+    """of the process, where the job leaves it open"""
+    folder: str = ""
+    """the job's folder on that host"""
+    keys: dict[str, Any] | None = None
+    """see :mod:`downpour_common.jobkeys`"""
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    """what the process inherits"""
 
 
 def endpoint(spec: JobSpec, runtime: str, name: str, port: int = 0) -> str:
@@ -23,14 +44,15 @@ def endpoint(spec: JobSpec, runtime: str, name: str, port: int = 0) -> str:
     return f"ipc://{runtime}/{name}"
 
 
-def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int) -> Process:
+def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, place: Place | None = None) -> Process:
     """The user's script as worker ``slot``."""
+    place = place or Place()
     settings = spec.settings
     context = WorkerContext(
         job=job_id,
         slot=slot,
-        worker_epoch=0,
-        workers=spec.workers,
+        worker_epoch=place.epoch,
+        workers=place.workers or spec.workers,
         shards=spec.shards,
         coordinator=coordinator,
         mode=spec.mode,
@@ -41,47 +63,46 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int) -> P
         n_fetch=settings.n_fetch,
         chunk_bytes=settings.chunk_bytes,
         window_bytes=settings.window_bytes,
-        shared_memory=settings.shared_memory and settings.transport == "ipc",
+        shared_memory=settings.shared_memory and (place.remote or settings.transport == "ipc"),
         timeout_s=settings.timeout_s,
         start_timeout_s=settings.start_timeout_s,
+        keys=place.keys,
     )
-    return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec), **context.to_environment()}
+    return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec, place), **context.to_environment()}
 
 
-def shard_process(spec: JobSpec, job_id: str, coordinator: str, index: int, address: str) -> Process:
+def shard_process(
+    spec: JobSpec, job_id: str, coordinator: str, index: int, address: str, place: Place | None = None
+) -> Process:
     """Shard ``index``, listening at ``address``."""
+    place = place or Place()
     config = ShardConfig(
         job=job_id,
         shard=index,
-        shard_epoch=0,
+        shard_epoch=place.epoch,
         coordinator=coordinator,
         endpoint=address,
-        workers=spec.workers,
+        workers=place.workers or spec.workers,
         shards=spec.shards,
         mode=spec.mode,
         chunk_bytes=spec.settings.chunk_bytes,
         timeout_s=spec.settings.timeout_s,
         start_timeout_s=spec.settings.start_timeout_s,
+        folder=place.folder,
+        upload=place.remote,
+        keys=place.keys,
     )
-    return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec), **config.to_environment()}
+    return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec, place), **config.to_environment()}
 
 
-def _environment(spec: JobSpec) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
+    threads = str(spec.threads or place.threads or 1)
+    return {**place.environment, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **spec.env}
 
 
 def job_facts(job: ResolvedJob, job_id: str) -> JobFacts:
     """What the coordinator is told: the job, and where a resumed one goes on."""
-    spec, checkpoint = job.spec, job.checkpoint
-    facts = JobFacts(job_id, spec.workers, spec.shards, spec.parsed_mode, spec.seed, spec.settings.chunk_bytes)
+    checkpoint = job.checkpoint
     if checkpoint is None:
-        return facts
-    data = checkpoint.manifest["data"]
-    same_order = checkpoint.manifest["seed"] == spec.seed
-    return replace(
-        facts,
-        resume=os.path.abspath(checkpoint.folder),
-        clock=int(checkpoint.manifest["clock"]),
-        epoch=int(data["epoch"]),
-        done=tuple((int(a), int(b)) for a, b in data["done"]) if same_order else (),
-    )
+        return facts_for(job_id, job.spec, None, "")
+    return facts_for(job_id, job.spec, checkpoint.manifest, os.path.abspath(checkpoint.folder))

@@ -29,6 +29,7 @@ class Wishes:
     resume: str | None
     settings: tuple[str, ...]
     name: str | None
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         "device": wishes.device,
         "threads": threads,
         "seed": seed,
+        "restarts": wishes.restarts,
         "out": _out(wishes, problems),
         "resume": checkpoint.folder if checkpoint else None,
     }

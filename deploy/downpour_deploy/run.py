@@ -11,10 +11,10 @@ import uvloop
 from downpour_common.config import JobSpec
 from downpour_common.transport.zeromq import ZmqServer
 from downpour_common.wire import CONTROL_HEADER_LIMIT
+from downpour_coordinator.outcome import Outcome
 from downpour_deploy import launch
 from downpour_deploy.display import Display
 from downpour_deploy.local_job import LocalJob
-from downpour_deploy.outcome import Outcome
 from downpour_deploy.resolve import ResolvedJob
 
 

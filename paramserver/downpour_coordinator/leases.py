@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 Span = tuple[int, int]
 """Positions start:stop."""
@@ -54,6 +55,26 @@ class PassLedger:
     def release(self, slot: int) -> None:
         """What ``slot`` holds and has not finished is free again."""
         self.free = merge([*self.free, *self.leased.pop(slot, [])])
+
+    def document(self) -> dict[str, Any]:
+        """Plain values, for the journal."""
+        return {
+            "total": self.total,
+            "order": self.order,
+            "free": self.free,
+            "leased": list(self.leased.items()),
+            "done": self.done,
+        }
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> PassLedger:
+        """The inverse of :meth:`document`."""
+
+        def spans(pairs: list[list[int]]) -> list[Span]:
+            return [(a, b) for a, b in pairs]
+
+        leased = {slot: spans(held) for slot, held in document["leased"]}
+        return cls(document["total"], document["order"], spans(document["free"]), leased, spans(document["done"]))
 
     @property
     def closed(self) -> bool:

@@ -1,62 +1,92 @@
-"""The coordinator on an event loop: a thin shell around :class:`downpour_coordinator.state.Coordinator`."""
+"""What a job asks of the world, carried out: messages sent, metrics and checkpoints written, the model exported."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from downpour_common.errors import DownpourError
-from downpour_common.transport import ServerTransport
+from downpour_common import messages as m
+from downpour_common.errors import CheckpointError, DownpourError
+from downpour_common.messages import Message
+from downpour_common.transport import Peer
 from downpour_coordinator import checkpoints
+from downpour_coordinator.effects import Effect, Export, FindCheckpoint, ForgetSnapshot, LogRow, Prune, Send, StorePart
+from downpour_coordinator.export import export_model
+from downpour_coordinator.facts import facts_for
+from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.snapshots import CommitSnapshot, SnapshotFailed
-from downpour_coordinator.state import Coordinator, Effect, LogRow, Send
+
+SendMessage = Callable[[Peer, Message], object]
+Later = Callable[[Callable[[], Any], Callable[[Any], None]], None]
+"""``later(work, done)``: run ``work`` where it may take its time, then ``done(result)`` in the loop's thread."""
 
 
-class CoordinatorService:
-    """Carries out what the state machine decides. ``metrics`` takes one JSON object per line.
+def at_once(work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+    """The simplest :data:`Later`."""
+    done(work())
 
-    ``on_snapshot(number, error)`` is called for each snapshot that ended; ``error`` is "" for a committed one.
+
+class JobService:
+    """Carries out what one job's :class:`Lifecycle` decides. ``metrics`` takes one JSON object per line.
+
+    ``out`` is the job's folder. Sends go through ``send``; file work that may take long through ``later``.
     """
 
     def __init__(
         self,
-        state: Coordinator,
-        transport: ServerTransport,
+        job: Lifecycle,
+        out: str,
+        send: SendMessage,
         metrics: TextIO,
-        on_snapshot: Callable[[int, str], None],
+        clock: Callable[[], float] = time.monotonic,
+        later: Later = at_once,
     ) -> None:
-        self.state = state
-        self._transport = transport
-        self._metrics = metrics
-        self._on_snapshot = on_snapshot
+        self.job = job
+        self.out = out
         self.problems: list[str] = []
+        self._send = send
+        self._metrics = metrics
+        self._clock = clock
+        self._later = later
 
-    def pump(self, timeout_s: float = 0.0) -> None:
-        """Handle everything that has arrived; waits at most ``timeout_s`` for the first message."""
-        while arrived := self._transport.poll(timeout_s):
-            timeout_s = 0.0
-            for peer, message in arrived:
-                try:
-                    effects = self.state.handle(peer, message)
-                except DownpourError:
-                    self._transport.malformed += 1
-                    continue
-                self.carry_out(effects)
+    def take(self, peer: Peer, message: Message) -> bool:
+        """A message of one of the job's processes; False when it makes no sense."""
+        try:
+            effects = self.job.handle(peer, message, self._clock())
+        except DownpourError:
+            return False
+        self.carry_out(effects)
+        return True
 
     def carry_out(self, effects: list[Effect]) -> None:
-        """Do what the state machine asked for."""
+        """Do what the job asked for."""
         for effect in effects:
             match effect:
                 case Send():
-                    self._transport.send(effect.peer, effect.message)
+                    self._send(effect.peer, effect.message)
                 case LogRow():
                     self._log(effect)
                 case CommitSnapshot():
                     self._commit(effect)
                 case SnapshotFailed():
-                    self._on_snapshot(effect.number, effect.reason)
+                    self.carry_out(self.job.snapshot_done(effect.number, effect.reason, self._clock()))
+                case StorePart():
+                    self._store(effect)
+                case Export():
+                    self._export(effect)
+                case ForgetSnapshot():
+                    shutil.rmtree(checkpoints.folder_of(self.out, effect.number), ignore_errors=True)
+                case Prune():
+                    checkpoints.prune(self.out, effect.keep)
+                case FindCheckpoint():
+                    self._later(
+                        self._newest, lambda facts: self.carry_out(self.job.checkpoint_found(facts, self._clock()))
+                    )
 
     def _log(self, effect: LogRow) -> None:
         try:
@@ -66,12 +96,61 @@ class CoordinatorService:
                 self.problems.append(f"metrics were lost: {error.strerror or error}")
 
     def _commit(self, effect: CommitSnapshot) -> None:
+        def work() -> str:
+            try:
+                checkpoints.commit(os.path.join(self.out, effect.folder), effect.manifest)
+            except (DownpourError, OSError) as error:
+                return str(error)
+            return ""
+
+        def done(error: str) -> None:
+            self.carry_out(self.job.snapshot_done(effect.number, error, self._clock()))
+
+        self._later(work, done)
+
+    def _export(self, effect: Export) -> None:
+        path = os.path.join(self.out, "model.safetensors")
+        folder = checkpoints.folder_of(self.out, effect.number)
+
+        def work() -> str:
+            try:
+                export_model(checkpoints.load(folder), path)
+            except CheckpointError as problem:
+                return f"{problem}. The weights are safe in {folder}; make room and run again with --resume"
+            return ""
+
+        def done(error: str) -> None:
+            self.carry_out(self.job.exported("" if error else path, error, self._clock()))
+
+        self._later(work, done)
+
+    def _newest(self) -> Any:
+        """The facts of a job that goes on from its newest sound checkpoint, or begins again."""
+        job, folder, manifest = self.job, "", None
         try:
-            checkpoints.commit(effect.folder, effect.manifest)
-        except (DownpourError, OSError) as error:
-            self._on_snapshot(effect.number, str(error))
-        else:
-            self._on_snapshot(effect.number, "")
+            found, _ = checkpoints.newest(self.out)
+            folder, manifest = job.checkpoints.folder(int(os.path.basename(found.folder))), found.manifest
+        except CheckpointError:
+            pass  # none yet: from the beginning
+        return facts_for(job.job, job.spec, manifest, folder)
+
+    def _store(self, effect: StorePart) -> None:
+        """Part of a shard's file; what is held is the answer, so a gap or a repeat heals itself."""
+        part = effect.part
+        folder = checkpoints.folder_of(self.out, part.snapshot)
+        path = os.path.join(folder, f"shard-{part.shard}.safetensors")
+        answer: Message
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(path, "ab") as file:
+                held = file.tell()
+                if held == part.offset:
+                    file.write(part.payload)
+                    held = file.tell()
+            answer = m.Ack(part.request, held)
+        except OSError as error:
+            answer = m.Refused(part.request, m.Refusal.CHECKPOINT.value, f"{path}: {error.strerror or error}")
+        self._send(effect.peer, answer)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

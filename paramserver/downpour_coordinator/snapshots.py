@@ -34,6 +34,7 @@ class Round:
     folder: str
     shards: int
     manifest: dict[str, Any]
+    at_clock: int
     _files: dict[int, dict[str, Any]] = field(default_factory=dict)
     _errors: dict[int, str] = field(default_factory=dict)
 
@@ -51,6 +52,10 @@ class Round:
             reason = "; ".join(f"server/{shard}: {error}" for shard, error in sorted(self._errors.items()))
             return SnapshotFailed(self.number, self.folder, reason)
         return self._complete()
+
+    def missing(self) -> list[int]:
+        """The shards that have not answered, ascending."""
+        return [i for i in range(self.shards) if i not in self._files and i not in self._errors]
 
     def _complete(self) -> CommitSnapshot | SnapshotFailed:
         files = [self._files[shard] for shard in sorted(self._files)]

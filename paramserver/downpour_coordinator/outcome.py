@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from downpour_coordinator.state import Coordinator
+from downpour_common import exitcodes
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.processes import Failure
+from downpour_coordinator.training import Training
 
-State = Literal["SUCCEEDED", "FAILED", "INTERRUPTED"]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The root cause: the first process that ended badly. ``details`` is its traceback or last output."""
-
-    role: str
-    index: int
-    exit_code: int
-    message: str
-    details: str = ""
+State = Literal["SUCCEEDED", "FAILED", "INTERRUPTED", "CANCELLED"]
 
 
 @dataclass(slots=True)
@@ -80,21 +73,40 @@ class Outcome:
             "out": self.out,
             "model": self.model,
             "warnings": self.warnings,
-            "failure": None
-            if failure is None
-            else {
-                "role": failure.role,
-                "index": failure.index,
-                "exit_code": failure.exit_code,
-                "message": failure.message,
-                "details": failure.details,
-            },
+            "failure": failure.document() if failure else None,
         }
 
 
-def fill_figures(outcome: Outcome, state: Coordinator) -> None:
+def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
+    """How a job that is over (or not yet) stands. ``exit_code`` 1 stands for any end that has no code of its own."""
+    state: State = "SUCCEEDED"
+    code = exitcodes.OK
+    if job.failure is not None:
+        state, code = "FAILED", job.failure.exit_code or exitcodes.FAILED
+    elif job.state == "CANCELLED":
+        state = "INTERRUPTED" if job.interrupted == "INTERRUPTED" else "CANCELLED"
+        code = exitcodes.FAILED
+    began_s = now_s if job.begun_s is None else job.begun_s
+    first_s, trained_s = job.first_step_s, job.trained_s or now_s
+    outcome = Outcome(
+        job=job.spec.name,
+        state=state,
+        exit_code=code,
+        out=out,
+        model=os.path.join(out, "model.safetensors") if job.model else None,
+        wall_s=now_s - began_s,
+        train_s=trained_s - first_s if first_s is not None else 0.0,
+        start_s=first_s - began_s if first_s is not None else None,
+        failure=job.failure,
+        warnings=list(job.warnings),
+    )
+    fill_figures(outcome, job.training)
+    return outcome
+
+
+def fill_figures(outcome: Outcome, state: Training) -> None:
     """Add what the coordinator knows."""
-    reports = [w.progress for w in state.workers.values() if w.progress is not None]
+    reports = [*state.former, *(w.progress for w in state.workers.values() if w.progress is not None)]
     shards = [s.report for s in state.shards.values()]
     outcome.steps = max((p.clock - state.facts.clock for p in reports), default=0)
     outcome.samples = sum(p.samples for p in reports)
@@ -102,7 +114,8 @@ def fill_figures(outcome: Outcome, state: Coordinator) -> None:
     outcome.pulls = sum(p.pulls for p in reports)
     outcome.bytes_moved = sum(p.bytes_sent + p.bytes_received for p in reports)
     if reports and outcome.train_s > 0:
-        outcome.wait_share = min(1.0, sum(p.wait_s for p in reports) / (outcome.train_s * len(reports)))
+        slots = len({p.slot for p in reports})
+        outcome.wait_share = min(1.0, sum(p.wait_s for p in reports) / (outcome.train_s * slots))
     outcome.staleness = quantiles(state.staleness())
     outcome.clock_gap_max = max((int(s.get("clock_gap_max", 0)) for s in shards), default=0)
     outcome.metrics = dict(state.latest)

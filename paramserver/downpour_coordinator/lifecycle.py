@@ -1,0 +1,601 @@
+"""A job's life, from waiting for a place to its end: which processes there should be, checkpoints, what an end means.
+
+A state machine around :class:`Training`: events in, effects out; no sockets, no clock, no files. Whoever carries it
+(``downpour run`` with its children, the coordinator with its agents) starts what is ``pending``, ends what is to
+``stop``, and says what became of it. Times are seconds of any clock, compared only with themselves.
+
+::
+
+    QUEUED → STARTING → TRAINING → SAVING → EXPORTING → CLOSING → ENDING → OVER
+                            ↓ interrupted   ↑                        ↓ restarts left
+                         KEEPING → LEAVING ─┘                     WAITING → STARTING
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+from downpour_common import exitcodes
+from downpour_common import messages as m
+from downpour_common.config import JobSpec
+from downpour_common.errors import ConfigError, ProtocolError
+from downpour_common.layout import ModelSpec
+from downpour_common.messages import Message
+from downpour_common.transport import Peer
+from downpour_coordinator.checkpointing import RETRY_S, Checkpointing
+from downpour_coordinator.effects import Effect, Export, FindCheckpoint
+from downpour_coordinator.facts import JobFacts
+from downpour_coordinator.processes import Failure, Key, Process, explain
+from downpour_coordinator.roster import Roster
+from downpour_coordinator.snapshots import CommitSnapshot
+from downpour_coordinator.training import Training
+
+KEEP_S = 10.0
+"""Time that an interrupted job is given for its last checkpoint."""
+CLOSE_S = 5.0
+"""Time that shards are given to end by themselves."""
+TELL_S = 0.1
+"""Time between telling workers that the job ends and ending them."""
+CANCEL_GRACE_S = 3.0
+"""Most time between SIGTERM and SIGKILL in a job that is cancelled."""
+LONGEST_BACKOFF_S = 60.0
+
+
+class Phase(StrEnum):
+    """Where a job is; see the module."""
+
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    TRAINING = "TRAINING"
+    KEEPING = "KEEPING"
+    LEAVING = "LEAVING"
+    SAVING = "SAVING"
+    EXPORTING = "EXPORTING"
+    CLOSING = "CLOSING"
+    ENDING = "ENDING"
+    WAITING = "WAITING"
+    OVER = "OVER"
+
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+"""States that are final."""
+
+
+class Lifecycle:
+    """One job. ``base`` is put before ``checkpoints/NNNNNN``: its run directory with a slash, or "" in a cluster."""
+
+    def __init__(self, job: str, spec: JobSpec, facts: JobFacts, base: str, snapshots: int = 0) -> None:
+        self.job, self.spec = job, spec
+        self.training = Training(facts)
+        self.phase = Phase.QUEUED
+        self.roster = Roster()
+        settings = spec.settings
+        self.checkpoints = Checkpointing(base, snapshots, settings.checkpoint_s, settings.keep_checkpoints)
+        self.failure: Failure | None = None
+        self.restarts = 0
+        self.last_failure: Failure | None = None
+        self.interrupted = ""
+        """why the job was asked to end, or "" """
+        self.warnings: list[str] = []
+        self.model = ""
+        self.begun_s: float | None = None
+        self.first_step_s: float | None = None
+        self.trained_s: float | None = None
+        self.wanted = spec.workers
+        self.fewest = spec.fewest_workers
+        self._keep = False
+        self._kept = False
+        self._hurry = False
+        self._to_tell = ""
+        self._told_s = -TELL_S
+        self._ended_well = False
+        self._since_s = 0.0
+        self._asked_s = float("-inf")
+        self._awaited = 0
+        """number of the snapshot that the phase waits for"""
+        self._committed = False
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def state(self) -> str:
+        """The job's state, for people."""
+        phase = self.phase
+        if phase is Phase.OVER:
+            return (
+                "FAILED" if self.failure else "CANCELLED" if self.interrupted and not self._ended_well else "SUCCEEDED"
+            )
+        if phase is Phase.QUEUED:
+            return "PENDING" if self.begun_s is None else "RESTARTING"
+        if phase is Phase.STARTING:
+            return "RESTARTING" if self.restarts else "STARTING"
+        if phase is Phase.WAITING or (phase is Phase.ENDING and self._will_restart):
+            return "RESTARTING"
+        if phase is Phase.TRAINING:
+            return "RUNNING" if self.training.live() else "RESTARTING"
+        return "STOPPING"
+
+    @property
+    def reason(self) -> str:
+        """Why it is in this state, one word; see docs/cluster.md."""
+        if self.failure is not None:
+            return self.failure.reason
+        if self.interrupted and not self._ended_well:
+            return self.interrupted
+        if self.state == "RESTARTING" and self.last_failure is not None:
+            return self.last_failure.reason
+        return {"PENDING": "QUEUED", "STARTING": "STARTING"}.get(self.state, "")
+
+    @property
+    def processes(self) -> dict[Key, Process]:
+        """By (role, index)."""
+        return self.roster.all
+
+    @property
+    def degraded(self) -> str:
+        """What goes wrong without ending the job, or ""."""
+        return self.checkpoints.degraded
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self.phase is Phase.OVER
+
+    def waiting_for(self) -> list[str]:
+        """What the job waits for at its start: processes without a place, not joined, or a model not taken."""
+        if self.phase is Phase.TRAINING and self.training.live():
+            return []
+        if self.phase not in (Phase.STARTING, Phase.TRAINING):
+            return []
+        return self.training.waiting_for() or ["the servers to take the model"]
+
+    def waited_s(self, now_s: float) -> float:
+        """Time spent in this phase."""
+        return now_s - self._since_s
+
+    def pending(self) -> list[Process]:
+        """Processes that need a place, shards first."""
+        if self.phase not in (Phase.STARTING, Phase.TRAINING):
+            return []
+        return self.roster.pending()
+
+    def stopping(self) -> list[Process]:
+        """Processes that are to end and have not yet."""
+        return self.roster.stopping()
+
+    # ------------------------------------------------------------ events
+
+    def begin(self, now_s: float, workers: int | None = None) -> list[Effect]:
+        """Leave the queue: the processes are wanted from now on, ``workers`` of them at first if not all."""
+        self.begun_s = now_s if self.begun_s is None else self.begun_s
+        first = self.wanted if workers is None else workers
+        self.training = Training(replace(self.training.facts, workers=first, shard_epoch=self.restarts))
+        self._populate(now_s)
+        return []
+
+    def placed(self, role: str, index: int, node: str, now_s: float) -> None:
+        """A pending process has its place; whoever placed it sees that it starts."""
+        process = self.processes[role, index]
+        process.state, process.node, process.since_s = "started", node, now_s
+        if self.phase is Phase.STARTING:
+            self._since_s = now_s
+
+    def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
+        """A message of one of the job's processes. Raises :class:`ProtocolError` for nonsense."""
+        if self.phase in (Phase.QUEUED, Phase.WAITING, Phase.OVER):
+            raise ProtocolError(f"job {self.job} has no processes now")
+        effects: list[Effect] = list(self.training.handle(peer, message))
+        if isinstance(message, m.RegisterWorker):
+            self._runs(("worker", message.slot), message.worker_epoch, message.pid)
+        if isinstance(message, m.RegisterShard):
+            self._runs(("server", message.shard), message.shard_epoch, message.pid)
+        if any(isinstance(e, CommitSnapshot) and e.number == self._awaited for e in effects):
+            self._committed = True
+        return self._advance(now_s, effects)
+
+    def _runs(self, key: Key, epoch: int, pid: int) -> None:
+        process = self.processes.get(key)
+        if process is not None and process.epoch == epoch:
+            process.pid = pid
+
+    def ended(
+        self,
+        key: Key,
+        epoch: int,
+        code: int | None,
+        now_s: float,
+        tail: tuple[str, ...] = (),
+        error: str = "",
+    ) -> list[Effect]:
+        """A process has ended with ``code``, could not be started, or was lost with its host (``code`` None)."""
+        process = self.processes.get(key)
+        effects: list[Effect] = []
+        if process is None or process.epoch != epoch or process.state == "ended":
+            return effects
+        process.state, process.code, process.tail, process.error = "ended", code, tail, error
+        if self.phase in (Phase.STARTING, Phase.TRAINING):
+            self._judge(process, now_s, effects)
+        return self._advance(now_s, effects)
+
+    def tick(self, now_s: float) -> list[Effect]:
+        """Time passes; call it a few times per second."""
+        return self._advance(now_s, [])
+
+    def stop(self, reason: str, keep: bool, now_s: float) -> list[Effect]:
+        """End the job; ``keep``: with a checkpoint of where it is. A second time: end everything at once."""
+        effects: list[Effect] = []
+        if self.phase is Phase.OVER:
+            return effects
+        if self.interrupted and keep:
+            self._hurry = True
+        self.interrupted = self.interrupted or reason
+        if self.phase in (Phase.QUEUED, Phase.WAITING):
+            self._enter(Phase.OVER, now_s)
+            return effects
+        if self.phase in (Phase.STARTING, Phase.TRAINING):
+            self._keep = keep and self.phase is Phase.TRAINING
+            if keep and self.phase is Phase.STARTING:
+                self.warnings.append("no checkpoint was made at the interruption: training had not begun")
+            if self._keep:
+                effects.extend(self.training.ask_to_stop(reason.lower()))
+            else:
+                self._to_tell = reason.lower()
+            self._enter(Phase.KEEPING if self._keep else Phase.LEAVING, now_s)
+        elif not keep and self.phase in (Phase.SAVING, Phase.EXPORTING, Phase.KEEPING):
+            self._enter(Phase.LEAVING, now_s)
+        return self._advance(now_s, effects)
+
+    def snapshot_done(self, number: int, error: str, now_s: float) -> list[Effect]:
+        """A snapshot was committed, or why not."""
+        effects: list[Effect] = []
+        self.checkpoints.done(number, error, now_s, effects)
+        if number == self._awaited:
+            self._snapshot_over(error, now_s, effects)
+        return self._advance(now_s, effects)
+
+    def exported(self, path: str, error: str, now_s: float) -> list[Effect]:
+        """``model.safetensors`` is written, or why not."""
+        if self.phase is Phase.EXPORTING:
+            self.model = path
+            if error:
+                self._result_lost(error)
+            else:
+                self._ended_well = True
+            self._enter(Phase.LEAVING, now_s)
+        return self._advance(now_s, [])
+
+    def checkpoint_found(self, facts: JobFacts, now_s: float) -> list[Effect]:
+        """What a restart goes on from (asked for by :class:`FindCheckpoint`); the job queues for its places again."""
+        if self.phase is Phase.WAITING:
+            self.training = Training(facts)
+            self._enter(Phase.QUEUED, now_s)
+        return self._advance(now_s, [])
+
+    def scale(self, workers: int, now_s: float) -> list[Effect]:
+        """Have this many workers while training goes on. Raises :class:`ConfigError`."""
+        if self.phase is not Phase.TRAINING:
+            raise ConfigError(f"job {self.job} is {self.state}; only a running job can be scaled")
+        if not 1 <= workers <= 4096:
+            raise ConfigError(f"workers: between 1 and 4096, not {workers}")
+        if self.spec.min_workers is not None and workers < self.spec.min_workers:
+            raise ConfigError(f"job {self.job} was submitted with at least {self.spec.min_workers} workers")
+        staying = sorted(p.index for p in self.roster.staying())
+        self.fewest = min(self.fewest, workers)
+        self.wanted = workers
+        for slot in staying[workers:]:
+            self._let_go(self.processes["worker", slot], replace=False)
+        for slot in self.roster.free_slots(workers - len(staying)) if workers > len(staying) else ():
+            self._want_worker(slot, now_s)
+        return self._advance(now_s, [])
+
+    def drain(self, keys: list[Key], now_s: float) -> list[Effect]:
+        """These workers' places are needed for something else: they leave, and others are wanted instead."""
+        if self.phase is Phase.TRAINING:
+            for key in keys:
+                process = self.processes.get(key)
+                if process is not None and process.role == "worker" and process.state == "started":
+                    self._let_go(process, replace=not process.leaving or process.replace)
+        return self._advance(now_s, [])
+
+    # ------------------------------------------------------------ processes
+
+    def _populate(self, now_s: float) -> None:
+        for process in self.roster.populate(self.training.facts.workers, self.spec.shards, self.restarts, now_s):
+            self.training.expect(process.index, process.epoch)
+        self._enter(Phase.STARTING, now_s)
+
+    def _want_worker(self, slot: int, now_s: float) -> None:
+        self.training.expect(slot, self.roster.want_worker(slot, now_s).epoch)
+
+    def _let_go(self, process: Process, replace: bool) -> None:
+        if not self.roster.let_go(process, replace):
+            self.training.worker_lost(process.index)
+
+    def _judge(self, process: Process, now_s: float, effects: list[Effect]) -> None:
+        """What the end of a process means while the job starts or trains."""
+        worker = self.training.workers.get(process.index) if process.role == "worker" else None
+        if worker is not None and worker.gone and process.code == 0 and not worker.drained:
+            return
+        mine = (process.index, process.epoch)
+        reported = next((f for f in self.training.failures if worker and (f.slot, f.worker_epoch) == mine), None)
+        failure = explain(process, worker is not None and bool(worker.pid), reported, self.spec.script)
+        left = worker is not None and worker.gone and worker.drained
+        if process.role == "worker" and self.training.begun and not self.training.facts.mode.synchronous:
+            effects.extend(self.training.worker_lost(process.index))
+        elif worker is not None and not left and not worker.answered:
+            effects.extend(self.training.worker_lost(process.index))  # it never counted
+        if process.leaving and (left or process.code in (None, 143, -15, -9)):
+            if not left and self.training.facts.mode.synchronous and worker is not None and worker.answered:
+                self._fail(failure, now_s)  # in the middle of a round
+            elif process.replace:
+                self._want_worker(process.index, now_s)
+            return
+        replaceable = self.training.begun and process.role == "worker" and self.phase is Phase.TRAINING
+        if replaceable and not left and self.training.facts.mode.synchronous and worker and worker.answered:
+            replaceable = False
+        if left:
+            failure = replace(failure, message="was asked to leave (SIGTERM) by somebody else", reason="PREEMPTED")
+            if self.fewest >= self.wanted:
+                failure = replace(failure, details=f"fewer than {self.fewest} workers are left (see --min-workers)")
+        if replaceable and self.restarts < self.spec.restarts:
+            self.restarts += 1
+            self.last_failure = failure
+            self.warnings.append(f"{process.name} {failure.message}; it is being replaced")
+            self._want_worker(process.index, now_s)
+        elif replaceable and len(self.roster.staying()) >= self.fewest and self.fewest < self.wanted:
+            self.warnings.append(f"{process.name} {failure.message}; the others go on without it")
+        else:
+            self._fail(failure, now_s)
+
+    # ------------------------------------------------------------ from phase to phase
+
+    def _enter(self, phase: Phase, now_s: float) -> None:
+        self.phase = phase
+        self._since_s = now_s
+        self._asked_s = float("-inf")
+        self._awaited, self._committed = 0, False
+
+    def _advance(self, now_s: float, effects: list[Effect]) -> list[Effect]:
+        """Go on from phase to phase as far as what is known allows."""
+        while True:
+            before = self.phase
+            if self._hurry and before not in (Phase.ENDING, Phase.OVER):
+                self._enter(Phase.ENDING, now_s)
+            match self.phase:
+                case Phase.STARTING:
+                    self._starting(now_s)
+                case Phase.TRAINING:
+                    self._train(now_s, effects)
+                case Phase.KEEPING:
+                    self._keep_position(now_s, effects)
+                case Phase.LEAVING:
+                    self._leave(now_s, effects)
+                case Phase.SAVING:
+                    self._save(now_s, effects)
+                case Phase.CLOSING:
+                    self._close(now_s, effects)
+                case Phase.ENDING:
+                    self._end(now_s)
+                case Phase.WAITING:
+                    self._wait(now_s, effects)
+            if self.phase is before:
+                return effects
+
+    def _starting(self, now_s: float) -> None:
+        if self.training.begun:
+            self.first_step_s = self.first_step_s or now_s
+            self.checkpoints.wait_from(now_s)
+            self._enter(Phase.TRAINING, now_s)
+            for slot in range(self.training.facts.workers, self.wanted):
+                self._want_worker(slot, now_s)
+        elif not self.pending() and now_s - self._since_s > self.spec.settings.start_timeout_s:
+            names = ", ".join(self.training.waiting_for()) or "the servers to take the model"
+            message = f"after {now_s - self._since_s:.0f} s still waiting for {names}"
+            self._fail(Failure("run", -1, exitcodes.FAILED, message, reason="START_TIMEOUT"), now_s)
+
+    def _train(self, now_s: float, effects: list[Effect]) -> None:
+        settings = self.spec.settings
+        joined = {w.slot for w in self.training.workers.values() if w.answered}
+        if not any(p.state != "ended" and p.index in joined for p in self.roster.workers()):
+            if any(p.code == 0 for p in self.roster.workers()):
+                self.trained_s = now_s
+                self._enter(Phase.SAVING, now_s)
+                return
+            if not any(p.state != "ended" for p in self.roster.workers()):
+                self._fail(Failure("run", -1, exitcodes.FAILED, "no worker is left", reason="BELOW_MIN"), now_s)
+                return
+        for process in self.roster.workers():
+            late = now_s - process.since_s > settings.start_timeout_s
+            if process.running and process.index not in joined and late and process.stop is None:
+                process.stop = settings.grace_s
+                self.warnings.append(f"{process.name} has not joined within {settings.start_timeout_s:g} s")
+        waiting_s = max((now_s - p.since_s for p in self.roster.workers() if p.state == "pending"), default=0.0)
+        if (
+            waiting_s > settings.start_timeout_s
+            and len(joined & {p.index for p in self.roster.staying()}) < self.fewest
+        ):
+            message = f"fewer than {self.fewest} workers, and no place for more within {settings.start_timeout_s:g} s"
+            self._fail(Failure("run", -1, exitcodes.FAILED, message, reason="BELOW_MIN"), now_s)
+        elif self.checkpoints.due(now_s) and not self.training.snapshot:
+            self.checkpoints.begin(self.training, now_s, effects)
+        else:
+            self.checkpoints.repeat(self.training, now_s, effects)
+
+    def _keep_position(self, now_s: float, effects: list[Effect]) -> None:
+        """Interrupted: a checkpoint while the workers still run, so that in sync all shards are at one clock."""
+        running = any(p.running for p in self.roster.workers())
+        if self._kept:
+            self.warnings.append(f"interrupted; go on with --resume {self.spec.out or self.job}")
+            self._enter(Phase.LEAVING, now_s)
+        elif not running and all(p.code == 0 for p in self.roster.workers()):
+            self.warnings.append("interrupted, but every script had ended well by then")
+            self.trained_s = self.trained_s or now_s
+            self._keep = False
+            self._enter(Phase.SAVING, now_s)
+        elif not running or now_s - self._since_s > KEEP_S or any(not p.running for p in self.roster.servers()):
+            self._enter(Phase.LEAVING, now_s)
+        elif self._awaited:
+            self.checkpoints.repeat(self.training, now_s, effects)
+        elif self.checkpoints.may_retry(now_s):
+            self._awaited = self.checkpoints.begin(self.training, now_s, effects)
+
+    def _leave(self, now_s: float, effects: list[Effect]) -> None:
+        """The workers end; then comes the last checkpoint of an interrupted job, if there is none yet."""
+        if self._to_tell:  # so that a script which gets SIGTERM does not try to leave a job that ends in good order
+            effects.extend(self.training.ask_to_stop(self._to_tell))
+            self._to_tell, self._told_s = "", now_s
+        if now_s - self._told_s < TELL_S:
+            return
+        if not self.roster.stop(self.roster.workers(), self._grace_s()):
+            return
+        keep = self._keep and not self._kept and self.failure is None and self.training.begun
+        self._enter(Phase.SAVING if keep else Phase.CLOSING, now_s)
+
+    def _save(self, now_s: float, effects: list[Effect]) -> None:
+        """The last checkpoint, of what the workers have left at the shards."""
+        limit_s = KEEP_S if self._keep else self.spec.settings.timeout_s
+        error = ""
+        if not self._committed and any(not p.running for p in self.roster.servers()):
+            error = "a shard is gone"
+        elif not self._committed and now_s - self._since_s > limit_s:
+            error = f"the shards did not answer within {limit_s:g} s"
+        elif not self._awaited:
+            self._awaited = self.checkpoints.begin(self.training, now_s, effects, final=True)
+            if not self._awaited:
+                self._ended_well = not self._keep
+                self._enter(Phase.LEAVING if not self._keep else Phase.CLOSING, now_s)
+                return
+        else:
+            self.checkpoints.repeat(self.training, now_s, effects)
+        if error:
+            self.training.abandon_snapshot()
+            self._snapshot_over(error, now_s, effects)
+
+    def _snapshot_over(self, error: str, now_s: float, effects: list[Effect]) -> None:
+        """The snapshot that the phase waits for has been committed, or will not be."""
+        number, self._awaited = self._awaited, 0
+        if self.phase is Phase.KEEPING:
+            self._kept = not error
+        elif self.phase is Phase.SAVING and self._keep:
+            told = f"no checkpoint was made at the interruption: {error}"
+            self.warnings.append(told if error else f"interrupted; go on with --resume {self.spec.out or self.job}")
+            self._kept = not error
+            self._enter(Phase.CLOSING, now_s)
+        elif self.phase is Phase.SAVING:
+            if error:
+                self._result_lost(error)
+                self._enter(Phase.LEAVING, now_s)
+            else:
+                self._enter(Phase.EXPORTING, now_s)
+                effects.append(Export(number))
+
+    def _close(self, now_s: float, effects: list[Effect]) -> None:
+        """The shards end by themselves, with a last report."""
+        ready = {s.index for s in self.training.shards.values() if s.ready}
+        waited_for = [p for p in self.roster.servers() if p.running and p.index in ready]
+        if now_s - self._asked_s > 1.0:
+            self._asked_s = now_s
+            effects.extend(self.training.stop_shards())
+        hasty = self.failure is not None or self.interrupted == "CANCELLED"
+        if not waited_for or hasty or now_s - self._since_s > CLOSE_S:
+            self._enter(Phase.ENDING, now_s)
+
+    def _end(self, now_s: float) -> None:
+        if not self.roster.stop(list(self.processes.values()), self._grace_s()):
+            return
+        if self._will_restart:
+            assert self.failure is not None
+            self.restarts += 1
+            self.warnings.append(f"{self._told(self.failure)}; the job was started again from its last checkpoint")
+            self.last_failure, self.failure = self.failure, None
+            self.training = Training(self.training.facts)
+            self._enter(Phase.WAITING, now_s)
+        else:
+            self._enter(Phase.OVER, now_s)
+
+    def _wait(self, now_s: float, effects: list[Effect]) -> None:
+        backoff_s = min(2.0 ** min(self.restarts - 1, 10), LONGEST_BACKOFF_S)
+        if now_s - self._since_s >= backoff_s and now_s - self._asked_s > RETRY_S:
+            self._asked_s = now_s
+            effects.append(FindCheckpoint())
+
+    @property
+    def _will_restart(self) -> bool:
+        lost = self.failure is not None and self.failure.reason not in ("RESULT_NOT_WRITTEN", "NO_PREPARE")
+        return lost and not self.interrupted and self.restarts < self.spec.restarts
+
+    def _grace_s(self) -> float:
+        """Time between SIGTERM and SIGKILL for what is ended now."""
+        if self._hurry:
+            return 0.0
+        grace_s = self.spec.settings.grace_s
+        return min(grace_s, CANCEL_GRACE_S) if self.interrupted == "CANCELLED" else grace_s
+
+    def _fail(self, failure: Failure, now_s: float) -> None:
+        if self.failure is None and self.phase in (Phase.STARTING, Phase.TRAINING):
+            self.failure = failure
+            self._to_tell = "failed"
+            self._enter(Phase.LEAVING, now_s)
+
+    def fail(self, failure: Failure, now_s: float) -> list[Effect]:
+        """Something outside of the processes went wrong; the job ends."""
+        self._fail(failure, now_s)
+        return self._advance(now_s, [])
+
+    def _result_lost(self, error: str) -> None:
+        message = f"training ended well, but its result could not be written: {error}"
+        self.failure = Failure("run", -1, exitcodes.IO_ERROR, message, reason="RESULT_NOT_WRITTEN")
+
+    @staticmethod
+    def _told(failure: Failure) -> str:
+        who = f"{failure.role}/{failure.index} " if failure.index >= 0 else ""
+        return f"{who}{failure.message}"
+
+    # ------------------------------------------------------------ durability
+
+    def document(self) -> dict[str, Any]:
+        """All that must survive the process, but for the model, as plain values."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "base": self.checkpoints.base,
+            "phase": self.phase.value,
+            "processes": self.roster.document(),
+            "failure": self.failure.document() if self.failure else None,
+            "last_failure": self.last_failure.document() if self.last_failure else None,
+            "restarts": self.restarts,
+            "interrupted": self.interrupted,
+            "warnings": self.warnings,
+            "model": self.model,
+            "wanted": self.wanted,
+            "fewest": self.fewest,
+            "keep": self._keep,
+            "kept": self._kept,
+            "ended_well": self._ended_well,
+            "snapshots": self.checkpoints.number,
+            "times": [self.begun_s, self.first_step_s, self.trained_s],
+            "training": self.training.document(),
+        }
+
+    @classmethod
+    def from_document(cls, job: str, document: dict[str, Any], model: ModelSpec | None, now_s: float) -> Lifecycle:
+        """The inverse of :meth:`document`; every wait begins anew, snapshots and exports under way are repeated."""
+        spec = JobSpec(**document["spec"])
+        training = Training.from_document(document["training"], model)
+        self = cls(job, spec, training.facts, document["base"], document["snapshots"])
+        self.training = training
+        self.roster = Roster.from_document(document["processes"], now_s)
+        self.failure = Failure(**document["failure"]) if document["failure"] else None
+        self.last_failure = Failure(**document["last_failure"]) if document["last_failure"] else None
+        self.restarts, self.interrupted = document["restarts"], document["interrupted"]
+        self.warnings, self.model = document["warnings"], document["model"]
+        self.wanted, self.fewest = document["wanted"], document["fewest"]
+        self._keep, self._kept = document["keep"], document["kept"]
+        self._ended_well = document["ended_well"]
+        self._enter(Phase(document["phase"]), now_s)
+        self.checkpoints.wait_from(now_s)
+        self.begun_s, self.first_step_s, self.trained_s = document["times"]
+        if self.phase is Phase.EXPORTING:
+            self._enter(Phase.SAVING, now_s)
+        return self

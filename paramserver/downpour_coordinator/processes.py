@@ -1,0 +1,116 @@
+"""The processes that a job should have, and what became of them."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from downpour_common import exitcodes
+from downpour_common import messages as m
+
+Key = tuple[str, int]
+"""(role, index) of a process: ``server`` or ``worker``."""
+
+
+@dataclass(slots=True)
+class Process:
+    """One shard or worker. ``pending``: it waits for a place; ``started``: it has one, whatever it does there."""
+
+    role: str
+    index: int
+    epoch: int = 0
+    state: Literal["pending", "started", "ended"] = "pending"
+    node: str = ""
+    since_s: float = 0.0
+    stop: float | None = None
+    """seconds between SIGTERM and SIGKILL, once it is to end"""
+    leaving: bool = False
+    """a worker that is to leave while the job goes on"""
+    replace: bool = False
+    """… and for which another is wanted"""
+    code: int | None = None
+    """how it ended: an exit code, a negative signal; None where nobody knows"""
+    tail: tuple[str, ...] = ()
+    error: str = ""
+    """why it could not be started, or was lost"""
+    pid: int = 0
+    gpu: int = -1
+
+    @property
+    def name(self) -> str:
+        """``role/index``."""
+        return f"{self.role}/{self.index}"
+
+    @property
+    def key(self) -> Key:
+        """(role, index)."""
+        return self.role, self.index
+
+    @property
+    def running(self) -> bool:
+        """Whether there may be such a process."""
+        return self.state == "started"
+
+    def document(self) -> dict[str, Any]:
+        """Plain values, for the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Process:
+        """The inverse of :meth:`document`."""
+        return cls(**{**document, "tail": tuple(document["tail"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The root cause: the first process that ended badly. ``details`` is its traceback or last output.
+
+    ``role`` is ``run`` (index -1) when it was none of the job's processes.
+    """
+
+    role: str
+    index: int
+    exit_code: int
+    message: str
+    details: str = ""
+    reason: str = "PROCESS_FAILED"
+    host: str = ""
+    epoch: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def explain(process: Process, registered: bool, reported: m.ReportFailure | None, script: str) -> Failure:
+    """Why a process that should not have ended has. ``registered``: it had called ``prepare``."""
+    code, where = process.code, (process.node, process.epoch)
+    if process.error or code is None:
+        message = process.error or "was lost"
+        reason = "NODE_LOST" if code is None else "NOT_STARTED"
+        return Failure(process.role, process.index, exitcodes.FAILED, message, "", reason, *where)
+    tail = "\n".join(process.tail)
+    if code < 0:
+        message = f"killed by signal {-code} ({signal_name(-code)})"
+        shown = exitcodes.of_process(code)
+        return Failure(process.role, process.index, shown, message, tail, "PROCESS_KILLED", *where)
+    if process.role == "worker" and reported is not None:
+        details = reported.traceback.rstrip()
+        return Failure(process.role, process.index, code or 1, reported.error, details, "SCRIPT_FAILED", *where)
+    if code == 0 and process.role == "worker" and not registered:
+        message = f"{script} ended without calling downpour.prepare(), so nothing was trained"
+        return Failure(process.role, process.index, exitcodes.FAILED, message, "", "NO_PREPARE", *where)
+    if code == 0:
+        message = "ended with exit code 0 without leaving the job in good order (os._exit?)"
+        return Failure(process.role, process.index, exitcodes.FAILED, message, "", "PROCESS_FAILED", *where)
+    reason = "SCRIPT_FAILED" if process.role == "worker" else "PROCESS_FAILED"
+    return Failure(process.role, process.index, code, f"exit code {code}", tail, reason, *where)
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"

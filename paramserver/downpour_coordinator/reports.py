@@ -1,0 +1,44 @@
+"""What shards tell in documents, checked where it comes in: no process of a job may harm the coordinator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from downpour_common.errors import ProtocolError
+
+_COUNTERS = ("clock_gap_max", "members", "pid", "round", "rounds_per_report", "snapshot")
+_SNAPSHOT: dict[str, type] = {
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "chunks": dict,
+    "trainable_versions": list,
+    "position": list,
+}
+
+
+def check_report(document: dict[str, Any]) -> None:
+    """A shard's counters. Raises :class:`ProtocolError` where one that is used here is not what it should be."""
+    staleness = document.get("staleness", {})
+    if not isinstance(staleness, dict) or not all(k.isdecimal() and _count(v) for k, v in staleness.items()):
+        raise ProtocolError("a report's staleness is no histogram")
+    for name in _COUNTERS:
+        if not _count(document.get(name, 0)):
+            raise ProtocolError(f"a report's {name!r} is no count")
+
+
+def check_snapshot(document: dict[str, Any], shard: int) -> None:
+    """A shard's entry in a manifest. Raises :class:`ProtocolError`; its file lies where its parts were put."""
+    for name, kind in _SNAPSHOT.items():
+        if type(document.get(name)) is not kind:
+            raise ProtocolError(f"a snapshot's {name!r} is missing or of the wrong type")
+    if document["file"] != f"shard-{shard}.safetensors":
+        raise ProtocolError(f"server/{shard} has no file {document['file']!r}")
+    if not all(map(_count, [document["bytes"], *document["trainable_versions"], *document["position"]])):
+        raise ProtocolError("a snapshot's counts are not counts")
+    if not all(i.isdecimal() and isinstance(row, dict) for i, row in document["chunks"].items()):
+        raise ProtocolError("a snapshot's chunks are not numbered")
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and value >= 0
