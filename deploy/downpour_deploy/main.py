@@ -20,6 +20,22 @@ app = typer.Typer(
 )
 
 
+def _add_commands() -> None:
+    """Commands of a cluster. What they need is imported when they run."""
+    from downpour_deploy.agent.command import server_app, worker_app
+    from downpour_deploy.coordinator_command import coordinator_app
+    from downpour_deploy.doctor import register as add_doctor
+    from downpour_deploy.jobs import register
+    from downpour_deploy.keys_command import keys_app
+
+    register(app)
+    add_doctor(app)
+    app.add_typer(coordinator_app, name="coordinator")
+    app.add_typer(server_app, name="server")
+    app.add_typer(worker_app, name="worker")
+    app.add_typer(keys_app, name="keys")
+
+
 @app.callback()
 def _root() -> None:
     """Parameter-server training for PyTorch scripts."""
@@ -39,6 +55,9 @@ def run(
     ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Run directory. [default: runs/NAME-TIME]")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="Go on from this run directory or checkpoint.")] = None,
+    restarts: Annotated[
+        int, typer.Option("--restarts", min=0, help="Start again from the last checkpoint this often.")
+    ] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting, key=value; see `downpour settings`. Repeatable."),
@@ -75,6 +94,7 @@ def run(
             resume=resume,
             settings=tuple(settings or ()),
             name=name,
+            restarts=restarts,
         )
         code = run_job(resolve(wishes), json_output=json_, quiet=quiet)
     except ConfigError as error:
@@ -109,4 +129,5 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    _add_commands()
     app(prog_name="downpour", args=sys.argv[1:])
