@@ -49,7 +49,12 @@ def offer(layout: SharedLayout) -> OfferedMemory | None:
 
 
 def attach(layout: SharedLayout, pid: int, fd: int, nonce: bytes) -> memoryview | None:
-    """Map what another process offered; None when it cannot be reached or is not what it should be."""
+    """Map what another process offered; None when it cannot be reached or is not what it should be.
+
+    A process in another network namespace counts as one of another host, even where its memory can be reached.
+    """
+    if not _same_network(pid):
+        return None
     try:
         ours = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -63,3 +68,12 @@ def attach(layout: SharedLayout, pid: int, fd: int, nonce: bytes) -> memoryview 
     finally:
         os.close(ours)
     return view if bytes(view[layout.nonce_at :]) == nonce else None
+
+
+def _same_network(pid: int) -> bool:
+    """Whether a process is in this one's network namespace; True where that cannot be told."""
+    try:
+        ours, theirs = os.stat("/proc/self/ns/net"), os.stat(f"/proc/{pid}/ns/net")
+    except OSError:
+        return True
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)

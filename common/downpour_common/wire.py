@@ -6,7 +6,8 @@
     frame 1   payload   raw bytes of the message's Buffer field, only for messages that have one
 
 Decoding allocates nothing for the payload, checks every field against its annotation and refuses unknown
-tags, extra frames, extension types and headers above the plane's limit, with :class:`ProtocolError`.
+tags, extra frames, extension types, documents nested too deeply and headers above the plane's limit, with
+:class:`ProtocolError`.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ CONTROL_HEADER_LIMIT = 64 << 20
 Frame = bytes | bytearray | memoryview
 
 _INT_MIN, _INT_MAX = -1, (1 << 63) - 1
+_DEEPEST = 32
+"""Lists and maps within each other in a document; without a limit, a few hundred would exhaust Python's stack."""
 
 
 def _is_int(value: Any) -> bool:
     return type(value) is int and _INT_MIN <= value <= _INT_MAX
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, deepest: int = _DEEPEST) -> bool:
     if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+        return deepest > 0 and all(type(key) is str and _is_plain(item, deepest - 1) for key, item in value.items())
     if type(value) is list:
-        return all(map(_is_plain, value))
+        return deepest > 0 and all(_is_plain(item, deepest - 1) for item in value)
     return value is None or type(value) in (bool, int, float, str)
 
 
