@@ -27,6 +27,8 @@ DATA_HEADER_LIMIT = 64 << 10
 """Largest header in bytes between worker and shard."""
 CONTROL_HEADER_LIMIT = 64 << 20
 """Largest header in bytes to and from the coordinator: a model's specification may name many tensors."""
+SMALL_HEADER_LIMIT = 1 << 20
+"""Largest header in bytes of messages other than those few that may be large."""
 
 Frame = bytes | bytearray | memoryview
 
@@ -86,6 +88,9 @@ def _all_messages() -> dict[int, _Shape]:
 _SHAPES = _all_messages()
 _BY_TYPE: dict[type[Message], _Shape] = {shape.cls: shape for shape in _SHAPES.values()}
 
+_MAY_BE_LARGE = {c.TAG for c in (messages.RegisterWorker, messages.SetUpShard, messages.SnapshotTaken, messages.Reply)}
+"""Messages that describe every tensor or chunk of a model, or every job of a cluster."""
+
 
 def encode(message: Message) -> list[Frame]:
     """``message`` as frames; the payload frame is the message's own buffer, not a copy."""
@@ -99,6 +104,8 @@ def decode(frames: Sequence[Frame], header_limit: int = DATA_HEADER_LIMIT) -> Me
     if not frames or len(frames) > 2:
         raise ProtocolError(f"a message has 1 or 2 frames, found {len(frames)}")
     header = frames[0]
+    if len(header) > SMALL_HEADER_LIMIT and _tag_of(header) not in _MAY_BE_LARGE:
+        header_limit = min(header_limit, SMALL_HEADER_LIMIT)
     if len(header) > header_limit:
         raise ProtocolError(f"header of {len(header)} bytes; the limit is {header_limit}")
     values = _unpack(header)
@@ -121,6 +128,14 @@ def decode(frames: Sequence[Frame], header_limit: int = DATA_HEADER_LIMIT) -> Me
     if shape.has_payload:
         values.append(frames[1])
     return shape.cls(*values)
+
+
+def _tag_of(header: Frame) -> int:
+    """The tag of a header, from its first bytes; -1 for one that no encoder here makes."""
+    start = bytes(header[:3])
+    if 0x91 <= start[0] <= 0x9F and start[1] < 0x80:
+        return start[1]
+    return -1
 
 
 def pack(value: Any) -> bytes:

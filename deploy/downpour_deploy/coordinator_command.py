@@ -13,6 +13,9 @@ from downpour_common import exitcodes
 if TYPE_CHECKING:
     from downpour_common.keys import ServerKeys
 
+UNREAD_ANSWERS = 256
+"""Answers kept for a client that does not read; honest ones have fewer requests open, and repeat what is lost."""
+
 coordinator_app = typer.Typer(
     help="The control plane of a cluster: jobs, placement, checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -135,7 +138,7 @@ def _run(
     journal = Journal(os.path.join(files.data_dir, "coordinator.db"), durable)
 
     async def serve() -> None:
-        transport = ZmqServer(address, CONTROL_HEADER_LIMIT, keys=keys)
+        transport = ZmqServer(address, CONTROL_HEADER_LIMIT, keys, UNREAD_ANSWERS)
         try:
             make = new_key_pair if keys is not None else None
             daemon = CoordinatorDaemon(transport, files, journal, keys, make, node_timeout_s, _tell)

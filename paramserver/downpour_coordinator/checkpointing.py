@@ -39,13 +39,13 @@ class Checkpointing:
         return not self._failed or now_s - self._begun_s >= self._interval_s
 
     def begin(self, training: Training, now_s: float, effects: list[Effect], final: bool = False) -> int:
-        """Number of the checkpoint that has begun; 0 when none can."""
-        self._begun_s = now_s
+        """Number of the checkpoint that has begun; 0 when none can yet."""
         number = self.number + 1
         asked = training.begin_snapshot(number, self.folder(number), final)
         if training.snapshot != number:
             return 0
-        self.number, self._asked_s = number, now_s
+        self.number = number
+        self._begun_s = self._asked_s = now_s
         effects.extend(asked)
         return number
 

@@ -69,6 +69,8 @@ class CoordinatorDaemon:
         self._services: dict[str, JobService] = {}
         self._metrics: dict[str, TextIO] = {}
         self._models: set[str] = set()
+        self._blamed: set[str] = set()
+        """who has sent nonsense, which is told once"""
         self._working: set[asyncio.Future[Any]] = set()
         self._offset_s = time.time() - time.monotonic()
         self._started_s = self._now()
@@ -113,8 +115,12 @@ class CoordinatorDaemon:
             for peer, user, message in arrived:
                 try:
                     self._take(peer, user, message)
-                except DownpourError:
+                except DownpourError as error:
                     self._transport.malformed += 1
+                    if user not in self._blamed:
+                        self._blamed.add(user)
+                        who = user or "somebody"
+                        self._audit(f"{who} sent a {type(message).__name__} that makes no sense: {error}")
             self._flush()
 
     def _take(self, peer: Peer, user: str, message: Message) -> None:

@@ -281,6 +281,8 @@ class Lifecycle:
             raise ConfigError(f"workers: between 1 and 4096, not {workers}")
         if self.spec.min_workers is not None and workers < self.spec.min_workers:
             raise ConfigError(f"job {self.job} was submitted with at least {self.spec.min_workers} workers")
+        for process in self.roster.workers():
+            process.replace = False  # who leaves already is counted out below, and not replaced twice
         staying = sorted(p.index for p in self.roster.staying())
         self.fewest = min(self.fewest, workers)
         self.wanted = workers
@@ -326,7 +328,7 @@ class Lifecycle:
             effects.extend(self.training.worker_lost(process.index))
         elif worker is not None and not left and not worker.answered:
             effects.extend(self.training.worker_lost(process.index))  # it never counted
-        if process.leaving and (left or process.code in (None, 143, -15, -9)):
+        if process.leaving and (left or not process.replace or process.code in (None, 143, -15, -9)):
             if not left and self.training.facts.mode.synchronous and worker is not None and worker.answered:
                 self._fail(failure, now_s)  # in the middle of a round
             elif process.replace:
@@ -418,7 +420,7 @@ class Lifecycle:
         ):
             message = f"fewer than {self.fewest} workers, and no place for more within {settings.start_timeout_s:g} s"
             self._fail(Failure("run", -1, exitcodes.FAILED, message, reason="BELOW_MIN"), now_s)
-        elif self.checkpoints.due(now_s) and not self.training.snapshot:
+        elif self.checkpoints.due(now_s) and self.training.paced and not self.training.snapshot:
             self.checkpoints.begin(self.training, now_s, effects)
         else:
             self.checkpoints.repeat(self.training, now_s, effects)

@@ -78,14 +78,14 @@ class Outcome:
 
 
 def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
-    """How a job that is over (or not yet) stands. ``exit_code`` 1 stands for any end that has no code of its own."""
+    """How a job that is over (or not yet) stands. ``exit_code``: of what failed first; 103 where it was cancelled."""
     state: State = "SUCCEEDED"
     code = exitcodes.OK
     if job.failure is not None:
         state, code = "FAILED", job.failure.exit_code or exitcodes.FAILED
     elif job.state == "CANCELLED":
         state = "INTERRUPTED" if job.interrupted == "INTERRUPTED" else "CANCELLED"
-        code = exitcodes.FAILED
+        code = exitcodes.JOB_CANCELLED
     began_s = now_s if job.begun_s is None else job.begun_s
     first_s, trained_s = job.first_step_s, job.trained_s or now_s
     outcome = Outcome(

@@ -78,6 +78,8 @@ class ShardEntry:
     ready: bool = False
     members: int = 0
     report: dict[str, Any] = field(default_factory=dict)
+    reports: int = 0
+    """how many have come since the training began, or this process was started"""
 
     def document(self) -> list[Any]:
         """Plain values, for the journal."""

@@ -24,8 +24,10 @@ from downpour_coordinator.participants import ShardEntry, Worker
 from downpour_coordinator.reports import check_report, check_snapshot
 from downpour_coordinator.snapshots import Round, SnapshotFailed
 
-LARGEST_MARGIN = 4096
-"""Clocks that a synchronous snapshot is put ahead of the shards' last report at most."""
+LEAST_MARGIN, LARGEST_MARGIN = 2, 4096
+"""Clocks that a synchronous snapshot is put ahead of where the shards are expected to be when the request arrives."""
+REPORTS_NEEDED = 2
+"""Reports of each shard, from the beginning of the training on, that tell its pace."""
 ANSWERS_KEPT = 64
 """Answers remembered per worker, for repeats of its requests."""
 
@@ -55,7 +57,7 @@ class Training:
         self._members = dict.fromkeys(range(facts.workers), 0)
         """slot → epoch of the workers that the shards wait for (or will, once they have the newest version)"""
         self._round: Round | None = None
-        self._margin = 2
+        self._margin = LEAST_MARGIN
         self._clock = facts.clock
         """largest clock known beside what the present workers report"""
 
@@ -121,6 +123,11 @@ class Training:
             if counted and self.begun:
                 self._set_members(effects)
         return effects
+
+    @property
+    def paced(self) -> bool:
+        """Whether enough is known to choose a clock for a synchronous snapshot well."""
+        return not self.facts.mode.synchronous or all(s.reports >= REPORTS_NEEDED for s in self.shards.values())
 
     def begin_snapshot(self, number: int, folder: str, final: bool = False) -> list[TrainingEffect]:
         """Ask every shard for a snapshot; nothing while one is under way or the model is unknown.
@@ -229,7 +236,9 @@ class Training:
                 if self._round is not None and (outcome := self._round.taken(message)) is not None:
                     self._round = None
                     if isinstance(outcome, SnapshotFailed):
-                        self._margin = min(self._margin * 4, LARGEST_MARGIN)
+                        self._margin = min(self._margin * 2, LARGEST_MARGIN)
+                    else:
+                        self._margin = max(self._margin // 2, LEAST_MARGIN)
                     effects.append(outcome)
             case m.SnapshotPart() if self._round is not None and message.snapshot == self._round.number:
                 effects.append(StorePart(peer, message))
@@ -240,6 +249,7 @@ class Training:
     def _report(self, shard: ShardEntry, report: dict[str, Any], effects: list[TrainingEffect]) -> None:
         check_report(report)
         shard.report = report
+        shard.reports += self.begun
         if not shard.address:
             shard.address, shard.pid = str(report.get("address", "")), int(report.get("pid", 0))
         if report.get("error") and not shard.ready:

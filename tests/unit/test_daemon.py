@@ -421,7 +421,7 @@ def test_a_job_is_described_cancelled_and_stays_so(desk: Desk) -> None:
         assert isinstance(desk.ask(role, ended, name.encode()), m.Ack)
     desk.tick()
     document = reply(desk.ask(ALICE, m.CancelJob(desk.number(), job)))
-    assert (document["state"], document["reason"], document["exit_code"]) == ("CANCELLED", "CANCELLED", 1)
+    assert (document["state"], document["reason"], document["exit_code"]) == ("CANCELLED", "CANCELLED", 103)
     assert document["result"]["job"] == job
     assert refused(desk.ask(ALICE, m.ScaleJob(desk.number(), job, 1)))[0] == Refusal.UNUSABLE
     assert desk.keys is not None

@@ -507,6 +507,10 @@ def test_shards_that_do_not_end_by_themselves_are_ended() -> None:
 def test_a_job_begins_again_from_its_last_checkpoint() -> None:
     world = World(restarts=2, mode="sync").start()
     world.wait(25.0)
+    assert world.committed == [], "the shards' pace is not known yet"
+    world.speak()
+    world.speak()
+    world.wait(2.0)
     assert world.committed == [1]
     world.end(("server", 0), -9)
     world.tick()
@@ -524,6 +528,8 @@ def test_a_job_begins_again_from_its_last_checkpoint() -> None:
     assert isinstance(setup, m.SetUpShard)
     assert setup.resume == "checkpoints/000001"
     assert "started again" in world.life.warnings[-1]
+    world.speak()
+    world.speak()
     world.wait(25.0)
     assert world.committed == [1, 2], "numbers are never used twice"
     world.leave(0)
@@ -777,6 +783,22 @@ def test_scaling_down_takes_those_first_that_have_no_place() -> None:
     over(world, "SUCCEEDED")
 
 
+def test_one_too_many_may_leave_as_it_likes() -> None:
+    world = World(workers=2, restarts=1).start()
+    world.scale(1)
+    world.end(("worker", 1), 1)
+    assert world.life.pending() == []
+    assert (world.life.state, world.life.restarts) == ("RUNNING", 0)
+
+
+def test_who_leaves_already_is_not_replaced_twice() -> None:
+    world = World(workers=2).start()
+    world.drain(0, 1)
+    world.scale(2)
+    world.obey()
+    assert [p.name for p in world.life.pending()] == ["worker/2", "worker/3"]
+
+
 def test_scaling_twice_to_the_same_number_is_nothing_new() -> None:
     world = World(workers=2).start()
     world.scale(3)
@@ -998,16 +1020,16 @@ def test_another_process_comes_to_the_same_end(
         fate = _Fate(world)
         world.begin()
         for kind, dice in before:
-            if kind not in ("deaf", "slow", "restart"):
+            if kind not in ("deaf", "slow", "restart", "long", "wait"):  # in another process waits begin anew
                 fate.happens(kind, dice)
         if restarted:
             world.restarted()
-        world.tick()
         world.speak()
-        world.tick()
+        world.wait(3.0, place=False)
         for kind, dice in after:
             if kind not in ("deaf", "slow", "restart", "long", "wait"):
                 fate.happens(kind, dice)
+        world.wait(3.0, place=False)
         world.cancel()
         world.wait_for(Phase.OVER)
         life = world.life

@@ -417,3 +417,14 @@ def test_unpack_refuses_extension_types_and_timestamps() -> None:
             wire.unpack(msgpack.packb([extension]))
     with pytest.raises(ProtocolError):
         wire.unpack(b"\xd6\xff" + struct.pack(">I", 1))
+
+
+@pytest.mark.parametrize("limit", [wire.CONTROL_HEADER_LIMIT])
+def test_only_messages_that_describe_a_model_may_have_a_large_header(limit: int) -> None:
+    document = {"text": "x" * (2 << 20)}
+    large = m.RegisterWorker(1, "job", 0, 0, 1, document)
+    assert wire.decode(wire.encode(large), limit) == large
+    with pytest.raises(ProtocolError, match="limit is 1048576"):
+        wire.decode(wire.encode(m.ShardReport("job", 0, 0, document)), limit)
+    with pytest.raises(ProtocolError, match="limit is 1048576"):
+        wire.decode([b"\xdd\x00\x20\x00\x00" + b"\xc0" * (2 << 20)], limit)

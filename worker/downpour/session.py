@@ -301,9 +301,9 @@ class Session:
                     self._engine.flush()
                 self._exchange.push_buffers(final=True)
                 torn = sum([loader.settle() for loader in self._loaders]) + self._torn_next()
+                self._control.settle()
                 self._client.leave()
                 self._report(force=True)
-                self._control.settle()
                 self._control.goodbye(self.drain.asked, torn)
         except BaseException as error:
             self._control.failed(error, "".join(traceback.format_exception(error)))

@@ -30,6 +30,8 @@ ZERO_COPY_BYTES = 64 << 10
 """Payloads from this size on are sent from their own memory; below, a copy is cheaper than its bookkeeping."""
 MAX_FRAME_BYTES = 72 << 20
 """Larger frames close the connection that sent them (the largest chunk is 64 MiB, a control header 64 MiB)."""
+BACKLOG = 100_000
+"""Messages that wait for a peer before more are dropped."""
 DRAIN = 64
 """Messages taken from a socket before the caller sees them."""
 SKIP = 4096
@@ -55,9 +57,9 @@ def public_of(secret: str) -> str:
     return zmq.curve_public(secret.encode("ascii")).decode("ascii")
 
 
-def _configure(sock: zmq.Socket[bytes]) -> None:
+def _configure(sock: zmq.Socket[bytes], backlog: int = BACKLOG) -> None:
     sock.setsockopt(zmq.LINGER, 0)
-    sock.setsockopt(zmq.SNDHWM, 100_000)
+    sock.setsockopt(zmq.SNDHWM, backlog)
     sock.setsockopt(zmq.RCVHWM, 100_000)
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
@@ -126,13 +128,18 @@ class ZmqServer:
     """A bound ROUTER. ``endpoint``: ``ipc://PATH`` or ``tcp://HOST:PORT`` (port 0: a free one).
 
     With ``keys``, only clients whose key is in ``keys.allowed`` are let in. ``refused`` counts messages dropped because
-    the key of their connection has been taken out since.
+    the key of their connection has been taken out since. ``backlog``: answers that wait for a peer which does not read,
+    before more are dropped; its memory is what they take.
 
     Raises :class:`ConfigError` when the endpoint cannot be bound.
     """
 
     def __init__(
-        self, endpoint: str, header_limit: int = wire.DATA_HEADER_LIMIT, keys: ServerKeys | None = None
+        self,
+        endpoint: str,
+        header_limit: int = wire.DATA_HEADER_LIMIT,
+        keys: ServerKeys | None = None,
+        backlog: int = BACKLOG,
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         _seed_routing_ids()
@@ -142,7 +149,7 @@ class ZmqServer:
         self._doorman: _Doorman | None = None
         self.malformed = 0
         self.refused = 0
-        _configure(self._socket)
+        _configure(self._socket, backlog)
         _allow_ipv6(self._socket, endpoint)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.BACKLOG, 4096)

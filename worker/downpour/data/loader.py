@@ -169,8 +169,6 @@ class PreparedLoader(DataLoader[Any]):
             record.end(complete=True)
         finally:  # also for a script that leaves the pass early: the next pass is another one
             self._end(record)
-            self._epoch = epoch + 1
-            self._start_offset = 0
         self._host.pass_ends(self._index, epoch, batches)
 
     def _begin(self, epoch: int) -> PassRecord:
@@ -190,16 +188,19 @@ class PreparedLoader(DataLoader[Any]):
         with contextlib.suppress(PeerError):  # at the very end, when the connection is closed
             self._report_done()
         self._record = None
+        self._epoch += 1
+        self._start_offset = 0
 
     def _freeze(self) -> None:
         """The open pass is over, complete or not. One who leaves counts what it will not train."""
         assert self._record is not None
         if not self._host.leaving:
             self._record.end(complete=False)
-        elif not self._record.complete:
-            self.left_open = True
-            if self._record.trained:  # else it was only looked at
-                self._torn += self.part(self._share, self._start_offset) - self._record.trained
+        elif self._record.trained and not self._record.complete:  # else it was only looked at
+            part = self.part(self._share, self._start_offset)  # 0 for leases: what is left of them goes back
+            torn = max(0, part - self._record.trained)
+            self._torn += torn
+            self.left_open = torn > self._unit
 
     def part(self, share: tuple[int, int], offset: int = 0) -> int:
         """Samples of this worker's part of a pass in rounds; 0 where parts are not known before."""
@@ -212,7 +213,7 @@ class PreparedLoader(DataLoader[Any]):
         """This worker leaves the job: report what is done of an open pass.
 
         Returns samples of its part of passes in rounds that it has not trained and nobody will. ``left_open`` tells
-        whether a pass was open.
+        whether that is more than a batch, so that the others are busy with this pass for a while yet.
         """
         if self._record is not None:
             self._end(self._record)
