@@ -19,7 +19,7 @@ run: $(VENV)/.done ## set up, then train digits with 2 shards and 2 workers
 	$(BIN)/downpour run -w 2 -s 2 examples/digits_mlp.py
 
 test: $(VENV)/.done lint ## set up, then lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fast: $(VENV)/.done ## only the tests without processes
 	$(BIN)/python -m pytest -m 'not process'
@@ -29,8 +29,9 @@ lint: $(VENV)/.done ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.done ## push and pull of 100 MB beside limits and peers
+bench: $(VENV)/.done ## push and pull of 100 MB beside limits and peers; the control plane
 	$(BIN)/python benchmarks/pushpull.py
+	$(BIN)/python benchmarks/control_plane.py
 
 clean: ## remove what set-up and runs made
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -56,6 +56,8 @@ class Training:
         self._version = 0
         self._members = dict.fromkeys(range(facts.workers), 0)
         """slot → epoch of the workers that the shards wait for (or will, once they have the newest version)"""
+        self._told = tuple(range(facts.workers))
+        """members that the workers were told last"""
         self._round: Round | None = None
         self._margin = LEAST_MARGIN
         self._clock = facts.clock
@@ -96,8 +98,11 @@ class Training:
             self._members[slot] = epoch
         self._waiting.pop(slot, None)
 
-    def worker_gone(self, slot: int, effects: list[TrainingEffect]) -> None:
-        """The worker of ``slot`` has left the shards: what it held is free, and nobody waits for it."""
+    def worker_gone(self, slot: int, effects: list[TrainingEffect], done: bool = False) -> None:
+        """The worker of ``slot`` has left the shards: what it held is free, and nobody waits for it.
+
+        ``done``: its script had come to its end; then its part of the work is done, and the others keep theirs.
+        """
         worker = self.workers.get(slot)
         if worker is None or worker.gone:
             return
@@ -110,7 +115,7 @@ class Training:
         self._data.release(slot)
         self._release_barriers(effects)
         self._welcome(effects)
-        if self.begun:
+        if self.begun and not done:
             self._tell_members(effects)
 
     def worker_lost(self, slot: int) -> list[TrainingEffect]:
@@ -284,7 +289,7 @@ class Training:
                 effects.append(Send(peer, m.Refused(message.request, code, reason)))
             return None
         if not worker.peer and worker.answered:  # the first word since this process was started
-            effects.append(Send(peer, m.MembersChanged(tuple(sorted(self._members)))))
+            effects.append(Send(peer, m.MembersChanged(self._told)))
         worker.peer = peer
         return worker
 
@@ -383,7 +388,8 @@ class Training:
         self._answer(worker, worker.peer, m.Refused(worker.request, code.value, reason), effects)
 
     def _tell_members(self, effects: list[TrainingEffect]) -> None:
-        notice = m.MembersChanged(tuple(sorted(self._members)))
+        self._told = tuple(sorted(self._members))
+        notice = m.MembersChanged(self._told)
         effects.extend(Send(w.peer, notice) for w in self.workers.values() if w.answered and not w.gone and w.peer)
 
     # ------------------------------------------------------------ workers at work
@@ -419,7 +425,7 @@ class Training:
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
                 worker.drained = message.drained
                 self.torn += max(0, message.torn)
-                self.worker_gone(message.slot, effects)
+                self.worker_gone(message.slot, effects, done=not message.drained)
             case _:
                 raise ProtocolError(f"the coordinator does not take {type(message).__name__}")
 
@@ -510,6 +516,7 @@ class Training:
             "passes": [asdict(begin) for _, begin in self._passes.values()],
             "version": self._version,
             "members": list(self._members.items()),
+            "told": self._told,
             "margin": self._margin,
             "clock": self._clock,
             "former": [asdict(p) for p in self.former],
@@ -529,6 +536,7 @@ class Training:
         self._barriers = {name: {s: (b"", r) for s, r in entered} for name, entered in document["barriers"]}
         self._passes = {b["slot"]: (b"", m.BeginPass(**b)) for b in document["passes"]}
         self._version, self._members = document["version"], dict(document["members"])
+        self._told = tuple(document["told"])
         self._margin, self._clock = document["margin"], document["clock"]
         self.former = [m.Progress(**p) for p in document["former"]]
         return self

@@ -183,7 +183,8 @@ class Job:
             try:
                 self.results[slot] = body(session)
             except SystemExit as left:
-                assert left.code == EXIT_CODE, left.code
+                if left.code != EXIT_CODE:
+                    raise
             session.finish()
         except Killed:
             session._closed = True
@@ -194,8 +195,12 @@ class Job:
             session.fail(error, "")
 
     def _coordinate(self) -> None:
-        while not self._trained.is_set():
-            self._pump(0.005)
+        try:
+            while not self._trained.is_set():
+                self._pump(0.005)
+        except Exception as error:
+            self.errors[-1] = error
+            raise
         self.loss = 0.0
         self._carry_out(self.training.stop_shards())
         for thread in self._shards:

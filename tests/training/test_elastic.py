@@ -85,15 +85,15 @@ class Trainer:
         first = session.clock
         self.joined[session.slot].set()
         while loader.epoch < self.epochs:
-            epoch, step = loader.epoch, 0
-            for batch in loader:
-                if not step:
-                    self.sizes.setdefault(session.slot, {})[epoch] = (session.workers, 0 if self.stream else len(loader))
+            epoch = loader.epoch
+            for step, batch in enumerate(loader, 1):
+                if step == 1:
+                    length = 0 if self.stream else len(loader)
+                    self.sizes.setdefault(session.slot, {})[epoch] = (session.workers, length)
                 optimizer.zero_grad()
                 (model(batch.double() / COUNT) - batch.double() / COUNT).square().mean().backward()
                 mine.setdefault(epoch, []).extend(int(n) for n in batch.flatten())
                 optimizer.step()
-                step += 1
                 self.hook(session, epoch, step)
         self.clocks[session.slot] = (first, session.clock)
         self.weights[session.slot] = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -489,7 +489,8 @@ def test_workers_join_and_leave_while_much_is_lost(mode: str) -> None:
         job.wait_for(lambda: 1 in trainer.trained.get(0, {}), "second pass")
         job.start_worker(2)
         job.restart_coordinator()
-    assert [trainer.of_pass(epoch) for epoch in (0, 1, 3)] == [EVERYTHING] * 3
+    exact = (0, 1) if mode == "sync" else (0, 1, 3)  # a goodbye that is lost may come after the next pass was split
+    assert [trainer.of_pass(epoch) for epoch in exact] == [EVERYTHING] * len(exact)
     assert trainer.trained[2]
     if mode == "sync":
         assert len(trainer.of_pass(2)) + job.training.torn == COUNT
@@ -501,11 +502,12 @@ def test_workers_join_and_leave_while_much_is_lost(mode: str) -> None:
 def test_snapshots_reach_the_coordinators_host_whatever_is_lost(mode: str, loss: float, tmp_path: Path) -> None:
     trainer = Trainer(1)
     holding = threading.Event()
-    trainer.hook = lambda _s, _e, step: _held(holding) if step == 3 else None
+    held: list[int] = []
+    trainer.hook = lambda session, _e, step: (held.append(session.slot), _held(holding))[1] if step == 3 else None
     job = make_job(trainer, context(mode))
     job.folder = str(tmp_path)
     with job.running():
-        job.wait_for(lambda: [len(t.get(0, [])) for t in trainer.trained.values()] == [3 * BATCH] * 2, "steps")
+        job.wait_for(lambda: len(held) == 2, "steps")
         job.loss = loss
         job.snapshot(1, final=True)
         holding.set()

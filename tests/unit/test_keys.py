@@ -194,9 +194,7 @@ DAMAGE: dict[str, Callable[[str], bytes]] = {
     "last line alone": lambda text: text.splitlines()[-1].encode(),
     "not text": lambda text: b"\xff\xfe" + text.encode(),
     "zero bytes": lambda text: text.replace("=", "\0", 1).encode(),
-    "key too short": lambda text: (
-        text.replace(PAIRS["worker"].public, "abc").encode()
-    ),
+    "key too short": lambda text: text.replace(PAIRS["worker"].public, "abc").encode(),
     "key with a space": lambda text: text.replace(PAIRS["worker"].public, " " + PAIRS["worker"].public[1:]).encode(),
     "key a number": lambda text: text.replace(f'"{PAIRS["worker"].public}"', "5").encode(),
     "no role": lambda text: text.replace('role = "worker"\n', "").encode(),

@@ -557,11 +557,17 @@ def test_the_lost_do_not_count_any_more() -> None:
 
 def test_who_leaves_in_good_order_has_told_the_shards() -> None:
     job = Job(workers=3).start()
-    job.goodbye(0)
+    job.goodbye(0, drained=True)
     assert job.told(b"shard 0") == []
     assert job.told(b"worker 1") == [m.MembersChanged((1, 2))]
     job.carry_out(job.state.worker_lost(0))
     assert job.told(b"shard 0") == [], "its process has ended since"
+
+
+def test_who_comes_to_its_scripts_end_changes_nothing_for_the_others() -> None:
+    job = Job(workers=3).start()
+    job.goodbye(0)
+    assert job.told(b"worker 1") == [], "its part of a stream is done; were it split anew, samples would come twice"
 
 
 def test_a_joiner_that_is_lost_before_it_was_let_in_is_taken_back() -> None:
@@ -775,7 +781,7 @@ def test_after_a_restart_answers_are_given_again() -> None:
 
 def test_after_a_restart_a_worker_is_told_the_members_at_its_first_word() -> None:
     job = Job().start()
-    job.goodbye(1)
+    job.goodbye(1, drained=True)
     job.restarted()
     job.progress(0, clock=3)
     assert job.told(b"worker 0") == [m.MembersChanged((0,))]
