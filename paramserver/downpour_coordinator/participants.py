@@ -30,6 +30,8 @@ class Worker:
     answered: bool = False
     gone: bool = False
     drained: bool = False
+    leaving: bool = False
+    """it has announced that it leaves: it gets no part of passes that are split from now on"""
     progress: m.Progress | None = None
     answers: dict[int, Message | None] = field(default_factory=dict)
     """by request number: what was answered, None while it waits"""
@@ -43,6 +45,7 @@ class Worker:
             "answered": self.answered,
             "gone": self.gone,
             "drained": self.drained,
+            "leaving": self.leaving,
             "progress": asdict(self.progress) if self.progress else None,
             "answers": [[r, type(a).__name__, _values(a)] if a else [r, "", []] for r, a in self.answers.items()],
         }
@@ -62,6 +65,7 @@ class Worker:
             answered=document["answered"],
             gone=document["gone"],
             drained=document["drained"],
+            leaving=document["leaving"],
             progress=progress,
             answers=answers,
         )

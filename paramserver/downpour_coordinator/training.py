@@ -431,7 +431,14 @@ class Training:
 
     def _begin_pass(self, worker: Worker, peer: Peer, begin: m.BeginPass, effects: list[TrainingEffect]) -> None:
         """The first worker that begins a training pass has left the one before on all shards, so has everybody:
-        the moment at which others may join."""
+        the moment at which others may join. With a negative clock a worker announces that it leaves, and only asks
+        whether it has a part of a pass that is split already."""
+        if begin.clock < 0:
+            worker.leaving = True
+            slots = self._data.splits.get((begin.loader, begin.epoch), [])
+            part = (len(slots), slots.index(begin.slot)) if begin.slot in slots else (0, 0)
+            self._answer(worker, peer, m.PassBegins(begin.request, *part), effects)
+            return
         fresh = begin.loader == 0 and (0, begin.epoch) not in self._data.splits
         if fresh and self._waiting:
             self._count_joiners(effects)
@@ -443,7 +450,8 @@ class Training:
 
     def _pass_begins(self, worker: Worker, peer: Peer, begin: m.BeginPass, effects: list[TrainingEffect]) -> None:
         self._clock = max(self._clock, begin.clock)
-        workers, index = self._data.split(begin, sorted(self._members))
+        staying = sorted(slot for slot in self._members if slot == begin.slot or not self.workers[slot].leaving)
+        workers, index = self._data.split(begin, staying)
         self._answer(worker, peer, m.PassBegins(begin.request, workers, index), effects)
 
     def _release_barriers(self, effects: list[TrainingEffect]) -> None:

@@ -54,7 +54,6 @@ class Session:
         self._training_thread = threading.get_ident()
         self._prepared = False
         self._closed = False
-        self._left = False
         self._start_position = (0, 0)
         self._position: tuple[int, ...] = ()
         self._clock_at_pass: dict[int, int] = {}
@@ -226,7 +225,6 @@ class Session:
     def leave_point(self) -> None:
         """End the script, in good order, if this worker is to leave; :meth:`finish` does the rest."""
         if self.drain.asked and not self._closed:
-            self._left = True
             raise SystemExit(EXIT_CODE)
 
     def save(self, path: str) -> None:
@@ -312,8 +310,9 @@ class Session:
             self._thread.close()
 
     def _torn_next(self) -> int:
-        """sync: samples that this worker would have had of the next pass, if it leaves when that is split already."""
-        if not (self.synchronous and self._left and self._loaders) or self._loaders[0].left_open:
+        """sync: announce that this worker leaves, before the others can go on without it. Returns the samples that it
+        would have had of the next pass, if that is split already."""
+        if not (self.synchronous and self.drain.asked and self._loaders):
             return 0
         begins = self._control.begin_pass(0, self.epoch, -1)
         return self._loaders[0].part((begins.workers, begins.index)) if begins.workers else 0

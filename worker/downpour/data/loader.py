@@ -103,7 +103,6 @@ class PreparedLoader(DataLoader[Any]):
         self._share = host.share
         self._torn = 0
         self._leased = False
-        self.left_open = False
         source = None if self._iterable else orders.units(original)
         self._by_sample = self._iterable or source is original.sampler
         self._unit = (original.batch_size or 1) if self._by_sample else 1
@@ -196,11 +195,9 @@ class PreparedLoader(DataLoader[Any]):
         assert self._record is not None
         if not self._host.leaving:
             self._record.end(complete=False)
-        elif self._record.trained and not self._record.complete:  # else it was only looked at
+        elif not self._record.complete and (self._record.trained or self._index == 0):  # others were only looked at
             part = self.part(self._share, self._start_offset)  # 0 for leases: what is left of them goes back
-            torn = max(0, part - self._record.trained)
-            self._torn += torn
-            self.left_open = torn > self._unit
+            self._torn += max(0, part - self._record.trained)
 
     def part(self, share: tuple[int, int], offset: int = 0) -> int:
         """Samples of this worker's part of a pass in rounds; 0 where parts are not known before."""
@@ -212,8 +209,7 @@ class PreparedLoader(DataLoader[Any]):
     def settle(self) -> int:
         """This worker leaves the job: report what is done of an open pass.
 
-        Returns samples of its part of passes in rounds that it has not trained and nobody will. ``left_open`` tells
-        whether that is more than a batch, so that the others are busy with this pass for a while yet.
+        Returns samples of its part of passes in rounds that it has not trained and nobody will.
         """
         if self._record is not None:
             self._end(self._record)
