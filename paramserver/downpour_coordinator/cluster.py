@@ -73,15 +73,19 @@ class JobRecord:
 
 
 class Cluster:
-    """Nodes and jobs. ``node_timeout_s``: silence after which a node counts as lost. ``dirty``: what has changed."""
+    """Nodes and jobs. ``node_timeout_s``: silence after which a node counts as lost. ``dirty_…``: what has changed.
 
-    def __init__(self, node_timeout_s: float, coordinator_public: str = "") -> None:
+    ``version``: the one that agents must have, "" for any.
+    """
+
+    def __init__(self, node_timeout_s: float, coordinator_public: str = "", version: str = "") -> None:
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, JobRecord] = {}
         self.dirty_jobs: set[str] = set()
         self.dirty_nodes: set[str] = set()
         self._node_timeout_s = node_timeout_s
         self._coordinator_public = coordinator_public
+        self._version = version
 
     # ------------------------------------------------------------ agents
 
@@ -95,6 +99,9 @@ class Cluster:
             code, reason, facts = Refusal.UNUSABLE.value, str(error), {}
         if not NODE_NAME.fullmatch(message.node) or message.role not in ("server", "worker"):
             code, reason = Refusal.UNUSABLE.value, f"{message.node!r} is no name for a {message.role!r} node"
+        elif self._version and facts and facts["version"] != self._version:
+            code = Refusal.UNUSABLE.value
+            reason = f"downpour {facts['version']} is installed there, {self._version} here; install the same"
         elif known is not None and (known.role, known.user) != (message.role, user) and not known.lost:
             code, reason = Refusal.UNUSABLE.value, f"there is a {known.role} node called {message.node}; use --name"
         elif known is not None and self._alive_elsewhere(known, message.instance, now_s):

@@ -74,7 +74,7 @@ class CoordinatorDaemon:
         self._working: set[asyncio.Future[Any]] = set()
         self._offset_s = time.time() - time.monotonic()
         self._started_s = self._now()
-        self.cluster = Cluster(node_timeout_s, keys.pair.public if keys else "")
+        self.cluster = Cluster(node_timeout_s, keys.pair.public if keys else "", version("downpour-ps"))
         self._restore()
 
     def _now(self) -> float:

@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_a_hosts_key_is_no_users_key(cluster: Cluster, role: str) -> None:
 
 def test_a_workers_key_makes_no_server_and_takes_nobodys_place(cluster: Cluster) -> None:
     facts = {"host": "h", "address": "127.0.0.1", "cores": 1, "memory_bytes": 1 << 40, "gpus": 0, "labels": {}}
-    facts |= {"slots": 9, "version": "1", "boot": "b", "time_s": 0.0, "python": "3", "platform": "x"}
+    facts |= {"slots": 9, "version": version("downpour-ps"), "boot": "b", "time_s": 0.0, "python": "3", "platform": "x"}
     with party(cluster, "worker") as worker:
         assert worker.refusal(m.RegisterNode, "s9", "server", "i", facts) == "forbidden"
         assert worker.refusal(m.RegisterNode, "s1", "worker", "i", facts) == "unusable"

@@ -6,6 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 from unit_kit import JOB, model, tensor
@@ -478,7 +479,7 @@ def facts(**fields: Any) -> dict[str, Any]:
         "gpus": 0,
         "labels": {},
         "slots": 2,
-        "version": "1",
+        "version": version("downpour-ps"),
         "boot": "boot",
         "time_s": 0.0,
         "python": "3.11",

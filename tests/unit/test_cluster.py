@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from downpour_common import messages as m
 from downpour_common.errors import ConfigError, ProtocolError
 from downpour_common.messages import Refusal
-from downpour_coordinator.cluster import JobKeys, JobRecord
+from downpour_coordinator.cluster import Cluster, JobKeys, JobRecord
 from downpour_coordinator.describe import job_document, node_document
+from downpour_coordinator.effects import Send
 from downpour_coordinator.lifecycle import Phase
 
 
@@ -713,3 +714,15 @@ def _agree(hosts: Hosts) -> None:
     for agent in hosts.agents.values():
         slots = [key for key in agent.processes if agent.role == "worker"]
         assert len(slots) <= 2, "no slot is used twice"
+
+
+def test_an_agent_of_another_version_is_turned_away_and_told_why() -> None:
+    cluster = Cluster(10.0, version="2")
+    register = m.RegisterNode(1, "w1", "worker", "first", facts(version="1"))
+    (answer,) = cluster.register_node(b"peer", "worker", register, 0.0)
+    assert isinstance(answer, Send)
+    assert isinstance(answer.message, m.Refused)
+    assert (answer.message.code, "install the same" in answer.message.reason) == (Refusal.UNUSABLE.value, True)
+    assert cluster.nodes == {}
+    register = m.RegisterNode(2, "w1", "worker", "first", facts(version="2"))
+    assert cluster.register_node(b"peer", "worker", register, 0.0) == [Send(b"peer", m.Ack(2, 0))]
