@@ -30,6 +30,8 @@ class Worker:
     answered: bool = False
     gone: bool = False
     drained: bool = False
+    finished: bool = False
+    """it has come to its script's end: its parts of passes stay its own"""
     leaving: bool = False
     """it has announced that it leaves: it gets no part of passes that are split from now on"""
     progress: m.Progress | None = None
@@ -45,6 +47,7 @@ class Worker:
             "answered": self.answered,
             "gone": self.gone,
             "drained": self.drained,
+            "finished": self.finished,
             "leaving": self.leaving,
             "progress": asdict(self.progress) if self.progress else None,
             "answers": [[r, type(a).__name__, _values(a)] if a else [r, "", []] for r, a in self.answers.items()],
@@ -65,6 +68,7 @@ class Worker:
             answered=document["answered"],
             gone=document["gone"],
             drained=document["drained"],
+            finished=document["finished"],
             leaving=document["leaving"],
             progress=progress,
             answers=answers,

@@ -423,7 +423,7 @@ class Training:
                 self._begin_pass(worker, peer, message, effects)
             case m.Goodbye():
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
-                worker.drained = message.drained
+                worker.drained, worker.finished = message.drained, not message.drained
                 self.torn += max(0, message.torn)
                 self.worker_gone(message.slot, effects, done=not message.drained)
             case _:
@@ -450,8 +450,10 @@ class Training:
 
     def _pass_begins(self, worker: Worker, peer: Peer, begin: m.BeginPass, effects: list[TrainingEffect]) -> None:
         self._clock = max(self._clock, begin.clock)
-        staying = sorted(slot for slot in self._members if slot == begin.slot or not self.workers[slot].leaving)
-        workers, index = self._data.split(begin, staying)
+        # Who has finished still counts: when its last word comes must not decide how others' samples are split.
+        finished = {w.slot for w in self.workers.values() if w.finished}
+        staying = {slot for slot in self._members if slot == begin.slot or not self.workers[slot].leaving}
+        workers, index = self._data.split(begin, sorted(staying | finished))
         self._answer(worker, peer, m.PassBegins(begin.request, workers, index), effects)
 
     def _release_barriers(self, effects: list[TrainingEffect]) -> None:

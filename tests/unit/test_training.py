@@ -966,3 +966,11 @@ def test_another_process_goes_on_as_the_one_before_would_have(
     assert one.job.rows == other.job.rows
     assert one.job.outcomes == other.job.outcomes
     assert one.job.state.document() == other.job.state.document()
+
+
+def test_in_sync_who_has_finished_keeps_its_part_of_passes() -> None:
+    job = Job(workers=2, mode="sync").start()
+    job.goodbye(1)
+    answer = job.ask(b"worker 0", m.BeginPass(job.number(), *job.me(0), 1, 1, 8))
+    assert isinstance(answer, m.PassBegins)
+    assert (answer.workers, answer.index) == (2, 0), "whether the other's goodbye came before is a matter of chance"
