@@ -74,7 +74,8 @@ class CoordinatorDaemon:
         self._working: set[asyncio.Future[Any]] = set()
         self._offset_s = time.time() - time.monotonic()
         self._started_s = self._now()
-        self.cluster = Cluster(node_timeout_s, keys.pair.public if keys else "", version("downpour-ps"))
+        self._version = version("downpour-ps")
+        self.cluster = Cluster(node_timeout_s, keys.pair.public if keys else "", self._version)
         self._restore()
 
     def _now(self) -> float:
@@ -223,7 +224,7 @@ class CoordinatorDaemon:
     def _facts(self) -> dict[str, Any]:
         security = "curve" if self._keys else "none"
         return {
-            "version": version("downpour-ps"),
+            "version": self._version,
             "started_s": self._started_s,
             "time_s": time.time(),
             "security": security,

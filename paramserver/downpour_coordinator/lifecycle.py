@@ -59,10 +59,6 @@ class Phase(StrEnum):
     OVER = "OVER"
 
 
-ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
-"""States that are final."""
-
-
 class Lifecycle:
     """One job. ``base`` is put before ``checkpoints/NNNNNN``: its run directory with a slash, or "" in a cluster."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -26,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+from gone import wait_gone
 
 from downpour.jobs.client import ClusterClient
 from downpour_common.keys import ROLES, new_keys
@@ -68,23 +69,6 @@ def environment_of(pid: int) -> dict[str, str]:
 def everybody() -> list[tuple[int, dict[str, str]]]:
     """All processes with their environment."""
     return [(int(entry), environment_of(int(entry))) for entry in os.listdir("/proc") if entry.isdigit()]
-
-
-def wait_gone(pids: Sequence[int], timeout_s: float) -> list[int]:
-    """Wait for the processes to end; those that have not after ``timeout_s``."""
-    deadline_s = time.monotonic() + timeout_s
-    late = []
-    for pid in pids:
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if not select.select([descriptor], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
-                late.append(pid)
-        finally:
-            os.close(descriptor)
-    return late
 
 
 def until(condition: Callable[[], Found | None], what: str, timeout_s: float = PATIENCE_S) -> Found:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gone import wait_gone
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MARK = "DOWNPOUR_TEST_MARK"
@@ -59,23 +59,6 @@ def command_of(pid: int) -> list[str]:
         return Path("/proc", str(pid), "cmdline").read_text(errors="replace").split("\0")[:-1]
     except OSError:
         return []
-
-
-def wait_gone(pids: Sequence[int], timeout_s: float) -> list[int]:
-    """Wait for the processes to end; those that have not after ``timeout_s``."""
-    deadline_s = time.monotonic() + timeout_s
-    late = []
-    for pid in pids:
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if not select.select([descriptor], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
-                late.append(pid)
-        finally:
-            os.close(descriptor)
-    return late
 
 
 def segments() -> set[str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import hosts as network
 import pytest
-from cluster_kit import EXAMPLES, MARK, PATIENCE_S, SCRIPTS, everybody, until, wait_gone, weights
+from cluster_kit import EXAMPLES, MARK, PATIENCE_S, SCRIPTS, everybody, until, weights
+from gone import wait_gone
 from hosts import Hosts
 
 pytestmark = [
