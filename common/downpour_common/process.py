@@ -9,6 +9,7 @@ import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _PR_SET_PDEATHSIG = 1
 _KEEP_BYTES = 512 << 20
 
@@ -24,10 +25,12 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory instead of returning it.
 
     Each received chunk is a fresh allocation; by default glibc maps and unmaps it, and the page faults cost more
-    than the copy itself.
+    than the copy itself. Threads that begin after this share one arena, because what the other ones hold is returned
+    whatever the thresholds are.
     """
     libc = _libc()
     if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 

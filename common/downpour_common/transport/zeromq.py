@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import secrets
 import socket
 import struct
@@ -15,9 +16,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import zmq
+from zmq.backend.cython import _zmq
 from zmq.utils import z85
 
 from downpour_common import wire
@@ -25,6 +27,7 @@ from downpour_common.errors import ConfigError, ProtocolError
 from downpour_common.keys import ClientKeys, KeyPair, ServerKeys
 from downpour_common.messages import Message
 from downpour_common.transport import Peer, Sent
+from downpour_common.transport.libzmq import Lends, Library, Line, Waiting
 
 ZERO_COPY_BYTES = 64 << 10
 """Payloads from this size on are sent from their own memory; below, a copy is cheaper than its bookkeeping."""
@@ -65,8 +68,6 @@ def _configure(sock: zmq.Socket[bytes], backlog: int = BACKLOG) -> None:
     sock.setsockopt(zmq.HANDSHAKE_IVL, 5_000)
     sock.setsockopt(zmq.RECONNECT_IVL, 20)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
-    sock.setsockopt(zmq.SNDBUF, 4 << 20)
-    sock.setsockopt(zmq.RCVBUF, 4 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,9 @@ class ZmqServer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         _seed_routing_ids()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._lends = Lends()
+        self._line = Line(_library(), self._socket.underlying, self._lends)
+        self._waiting = Waiting([self._line.handle])
         self._header_limit = header_limit
         self._allowed = None if keys is None else keys.allowed
         self._doorman: _Doorman | None = None
@@ -184,24 +188,27 @@ class ZmqServer:
         The user comes from the connection, never from the routing id, which a client chooses freely. Without keys it
         is "". An empty list means that nothing is waiting, unless thousands of messages in a row were dropped.
         """
+        self._lends.release()
+        arrived = self._take()
+        if not arrived and (timeout_ms := int(timeout_s * 1000)) and _library().wait(self._waiting, timeout_ms):
+            arrived = self._take()
+        return arrived
+
+    def _take(self) -> list[tuple[Peer, str, Message]]:
+        """What waits, without waiting for more."""
         arrived: list[tuple[Peer, str, Message]] = []
-        if not self._socket.poll(int(timeout_s * 1000)):
-            return arrived
-        dropped, user = 0, ""
-        while len(arrived) < DRAIN and dropped < SKIP:
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
+        dropped = 0
+        while len(arrived) < DRAIN and dropped < SKIP and (found := self._line.receive(2)) is not None:
+            (peer, *frames), user = found
             if self._allowed is not None:
-                known = self._allowed.get(_key_behind(frames[-1]))
+                known = self._allowed.get(user)
                 if known is None:
                     self.refused += 1
                     dropped += 1
                     continue
                 user = known
             try:
-                arrived.append((frames[0].bytes, user, _decode(frames[1:], self._header_limit)))
+                arrived.append((bytes(peer), user, wire.decode(frames, self._header_limit)))
             except ProtocolError:
                 self.malformed += 1
                 dropped += 1
@@ -210,16 +217,18 @@ class ZmqServer:
     def send(self, peer: Peer, message: Message) -> Sent:
         """See :class:`downpour_common.transport.ServerTransport`."""
         try:
-            return _send(self._socket, [peer, *wire.encode(message)])
-        except zmq.ZMQError as error:
+            return self._line.send([peer, *wire.encode(message)], ZERO_COPY_BYTES) or _DONE
+        except OSError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return _DONE
             raise
 
     def close(self) -> None:
         """See :class:`downpour_common.transport.ServerTransport`."""
+        self._line.close()
         self._socket.close(linger=CLOSE_LINGER_MS)
         self._context.term()
+        self._lends.clear()
         if self._doorman is not None:
             self._doorman.join()
 
@@ -239,8 +248,10 @@ class ZmqClient:
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._addresses: dict[Any, str] = {}
-        self._poller = zmq.Poller()
+        self._lines: dict[str, Line] = {}
+        self._lends = Lends()
+        self._waiting: Waiting | None = None
+        self._looked_s = 0.0
         self._header_limit = header_limit
         self._keys = keys
         self._watches: dict[str, _Watch] | None = {} if watch else None
@@ -248,41 +259,63 @@ class ZmqClient:
         self._asleep, self._waker = socket.socketpair()
         self._asleep.setblocking(False)
         self._waker.setblocking(False)
-        self._poller.register(self._asleep, zmq.POLLIN)
         self.malformed = 0
 
     def send(self, server: str, message: Message) -> None:
         """See :class:`downpour_common.transport.ClientTransport`."""
-        sock = self._sockets.get(server) or self._connect(server)
+        line = self._lines.get(server) or self._connect(server)
         try:
-            _send(sock, wire.encode(message))
-        except zmq.Again:
+            line.send(wire.encode(message), ZERO_COPY_BYTES)
+        except BlockingIOError:
             self._mend(server)  # the message is lost, as others on this connection were
 
     def poll(self, timeout_s: float) -> list[tuple[str, Message]]:
         """See :class:`downpour_common.transport.ClientTransport`."""
+        self._lends.release()
         arrived: list[tuple[str, Message]] = []
-        ready = self._poller.poll(int(timeout_s * 1000))
-        if not ready:
+        for server in self._lines:
+            self._take(server, arrived)
+        if not arrived:
+            for server in self._wait(int(timeout_s * 1000)):
+                self._take(server, arrived)
+        if not arrived:
+            self._look()
+        return arrived
+
+    def _take(self, server: str, arrived: list[tuple[str, Message]]) -> None:
+        """What has come from this server, without waiting for more."""
+        line = self._lines[server]
+        for _ in range(DRAIN):
+            found = line.receive(1)
+            if found is None:
+                return
+            if self._mended:
+                self._mended.pop(server, None)  # it answers: the next trouble is a new one
+            try:
+                arrived.append((server, wire.decode(found[0], self._header_limit)))
+            except ProtocolError:
+                self.malformed += 1
+
+    def _wait(self, timeout_ms: int) -> list[str]:
+        """Until something comes or somebody wakes; the servers that it has come from."""
+        if not timeout_ms:
+            return []
+        if self._waiting is None:
+            self._waiting = Waiting([line.handle for line in self._lines.values()], self._asleep.fileno())
+        found = _library().wait(self._waiting, timeout_ms)
+        if found and found[-1] == len(self._lines):
+            found.pop()
+            _swallow(self._asleep)
+        servers = list(self._lines)
+        return [servers[place] for place in found]
+
+    def _look(self) -> None:
+        """Mend the connections that have ended for good."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= MEND_S:
+            self._looked_s = now_s
             for server in [s for s, sock in self._sockets.items() if not _writable(sock)]:
                 self._mend(server)
-        for sock, _ in ready:
-            if sock == self._asleep.fileno():
-                _swallow(self._asleep)
-                continue
-            address = self._addresses[sock]
-            if self._mended:
-                self._mended.pop(address, None)  # it answers: the next trouble is a new one
-            for _ in range(DRAIN):
-                try:
-                    frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                try:
-                    arrived.append((address, _decode(frames, self._header_limit)))
-                except ProtocolError:
-                    self.malformed += 1
-        return arrived
 
     def trouble(self, server: str) -> Trouble:
         """Why the server at this address does not answer, as far as it can be told; "" while nothing is known.
@@ -297,7 +330,7 @@ class ZmqClient:
         watch = self._watches.get(server)
         return "" if watch is None else watch.look(self._keys is not None)
 
-    def _connect(self, server: str) -> zmq.Socket[bytes]:
+    def _connect(self, server: str) -> Line:
         sock = self._context.socket(zmq.DEALER)
         _configure(sock)
         _allow_ipv6(sock, server)
@@ -309,9 +342,9 @@ class ZmqClient:
             self._watches.setdefault(server, _Watch()).begin(sock)
         sock.connect(server)
         self._sockets[server] = sock
-        self._addresses[sock] = server
-        self._poller.register(sock, zmq.POLLIN)
-        return sock
+        self._lines[server] = line = Line(_library(), sock.underlying, self._lends)
+        self._waiting = None
+        return line
 
     def _mend(self, server: str) -> None:
         """Connect anew, now and then: this connection has ended for good, or has as much queued as it can hold."""
@@ -325,8 +358,8 @@ class ZmqClient:
 
     def _disconnect(self, server: str, linger_ms: int) -> None:
         sock = self._sockets.pop(server)
-        self._poller.unregister(sock)
-        del self._addresses[sock]
+        self._lines.pop(server).close()
+        self._waiting = None
         if self._watches is not None:
             self._watches[server].end(sock, self._keys is not None)
         sock.close(linger=linger_ms)
@@ -345,6 +378,7 @@ class ZmqClient:
         for server in list(self._sockets):
             self._disconnect(server, CLOSE_LINGER_MS)
         self._context.term()
+        self._lends.clear()
         self._asleep.close()
         self._waker.close()
 
@@ -402,22 +436,9 @@ class _Watch:
                 pass
 
 
-def _send(sock: zmq.Socket[bytes], frames: list[wire.Frame]) -> Sent:
-    *heads, last = frames
-    for head in heads:
-        sock.send(head, zmq.SNDMORE | zmq.NOBLOCK)
-    if memoryview(last).nbytes < ZERO_COPY_BYTES:
-        sock.send(last, zmq.NOBLOCK)
-        return _DONE
-    tracker = sock.send(last, zmq.NOBLOCK, copy=False, track=True)
-    assert tracker is not None
-    return tracker
-
-
-def _decode(frames: list[zmq.Frame], header_limit: int) -> Message:
-    if not frames:
-        raise ProtocolError("empty message")
-    return wire.decode([frames[0].bytes, *[f.buffer for f in frames[1:]]], header_limit)
+@functools.cache
+def _library() -> Library:
+    return Library(_zmq.__file__)
 
 
 def _seed_routing_ids() -> None:
@@ -432,22 +453,14 @@ def _seed_routing_ids() -> None:
         libc.srand(secrets.randbits(32))
 
 
-def _key_behind(frame: zmq.Frame) -> str:
-    """The key of the connection that this frame came over, as :class:`_Doorman` named it; "" when there is none."""
-    try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:
-        return ""
-
-
 def _writable(sock: zmq.Socket[bytes]) -> bool:
     """Whether a message could be queued. On a DEALER: whether it has a connection, be it one still to come about."""
     return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLOUT)
 
 
 def _swallow(sock: socket.socket) -> None:
+    """What it leaves only wakes once more."""
     try:
-        while sock.recv(4096):
-            pass
+        sock.recv(4096)
     except BlockingIOError:
         return
