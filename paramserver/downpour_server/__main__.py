@@ -12,7 +12,7 @@ from downpour_common import exitcodes, wire
 from downpour_common.errors import DownpourError
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
 from downpour_server.config import VARIABLE, ShardConfig
-from downpour_server.service import ShardService, use_this_process
+from downpour_server.service import ShardService, spare_threads, use_this_process
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         data = ZmqServer(config.endpoint, keys=server_keys)
         control = ZmqClient(wire.CONTROL_HEADER_LIMIT, client_keys)
         try:
-            ShardService(config, data, control).run()
+            ShardService(config, data, control, set_up=spare_threads).run()
         finally:
             control.close()
             data.close()

@@ -25,15 +25,20 @@ from downpour_server.shard import Identity, Shard
 from downpour_server.snapshot import WriteSnapshot
 
 IDLE_S = 0.02
-"""Longest wait for data before the control channel is looked at."""
+"""Longest wait for data before everything else gets its turn."""
+CONTROL_S = 0.005
+"""While data keep coming: time between two looks at everything else, each of which costs as much as a small update."""
 REPORT_S = 0.5
 REGISTER_S = 2.0
 """Time between two registrations, until the set-up comes."""
 TICK_S = 1.0
+ONE_THREAD_BYTES = 512 << 10
+"""Where all chunks are smaller, starting further threads takes longer than the arithmetic."""
 
 
 class ShardService:
     """Serves one shard until told to stop. ``clock`` gives seconds and is only compared with itself.
+    ``set_up``: told the shard once it is there.
 
     The coordinator may be away for any time: what it must learn is in every report, and what it asks twice is
     answered twice and done once.
@@ -45,8 +50,10 @@ class ShardService:
         data: ServerTransport,
         control: ClientTransport,
         clock: Callable[[], float] = time.monotonic,
+        set_up: Callable[[Shard], None] = lambda _: None,
     ) -> None:
         self._config = config
+        self._announce = set_up
         self._data = data
         self._control = control
         self._clock = clock
@@ -62,13 +69,16 @@ class ShardService:
         Raises :class:`PeerTimeout` when the set-up does not come in time.
         """
         config = self._config
-        started_s = last_tick_s = last_report_s = registered_s = self._clock()
+        started_s = last_tick_s = last_report_s = registered_s = looked_s = self._clock()
         self._register()
         try:
             while not self._stop:
-                self._take_data()
-                self._take_control()
+                busy = self._take_data()
                 now_s = self._clock()
+                if busy and self._shard is not None and now_s - looked_s < CONTROL_S:
+                    continue
+                looked_s = now_s
+                self._take_control()
                 if self._shard is None and not self._error:
                     if now_s - started_s > config.start_timeout_s:
                         raise PeerTimeout("coordinator", "the model of worker/0", config.start_timeout_s)
@@ -95,8 +105,10 @@ class ShardService:
     def _register(self) -> None:
         self._tell(m.RegisterShard(*self._identity(), os.getpid(), self._data.address))
 
-    def _take_data(self) -> None:
-        for peer, message in self._data.poll(IDLE_S):
+    def _take_data(self) -> bool:
+        """Whether there was any."""
+        arrived = self._data.poll(IDLE_S)
+        for peer, message in arrived:
             if self._shard is None:
                 continue
             try:
@@ -105,6 +117,7 @@ class ShardService:
                 self._data.malformed += 1
             else:
                 self._carry_out(effects)
+        return bool(arrived)
 
     def _take_control(self) -> None:
         for _, message in self._control.poll(0):
@@ -141,6 +154,7 @@ class ShardService:
             if message.resume:
                 shard.start_from(restore(config.path(message.resume), layout, shard.chunks))
             self._shard = shard
+            self._announce(shard)
         except DownpourError as problem:
             self._error = str(problem)
             return
@@ -202,3 +216,9 @@ def use_this_process(threads: int) -> None:
     defer_compiler()
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
+
+
+def spare_threads(shard: Shard) -> None:
+    """Have this process compute with one thread if its chunks are too small for several."""
+    if all(stored.chunk.nbytes < ONE_THREAD_BYTES for stored in shard.chunks.values()):
+        torch.set_num_threads(1)

@@ -47,7 +47,7 @@ def leaving(core: ClientCore) -> list[int]:
 
 def settled(ticket: Ticket) -> bool:
     """Whether ``ticket.wait()`` would return at once."""
-    return ticket._done.is_set()
+    return ticket.settled()
 
 
 # ---------------------------------------------------------------- credit and order
@@ -147,7 +147,7 @@ def test_unanswered_bytes_stay_within_the_window_and_every_request_leaves_once_i
 
 def test_a_ticket_is_done_when_all_its_requests_are_answered() -> None:
     core, seen = ClientCore(100), list[Request]()
-    ticket = Ticket(2, seen.append)
+    ticket = Ticket(2, seen.append, piecewise=True)
     asked(core, 1, ticket=ticket)
     asked(core, 2, ticket=ticket)
     leaving(core)
@@ -156,7 +156,7 @@ def test_a_ticket_is_done_when_all_its_requests_are_answered() -> None:
     core.received(m.Ack(1, 8))
     ticket.wait()
     assert seen == [m.Ack(2, 7), m.Ack(1, 8)]
-    assert [ticket.answers.get_nowait(), ticket.answers.get_nowait()] == seen
+    assert [ticket.answer(), ticket.answer()] == seen
 
 
 def test_the_result_of_one_request_is_its_answer() -> None:
@@ -198,7 +198,7 @@ def test_the_first_error_counts_and_later_answers_change_nothing() -> None:
     core.received(m.Ack(3, 0))
     with pytest.raises(NonFiniteContribution, match="first"):
         ticket.wait()
-    assert ticket.answers.get_nowait() is None, "who goes on piece by piece learns of it too"
+    assert ticket.answer() is None, "who goes on piece by piece learns of it too"
     assert seen == []
 
 

@@ -11,38 +11,40 @@ coordinator need not remember more answers. Requests to shards are never repeate
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass, field, replace
 
 from downpour_common import messages as m
 from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRefused, PeerTimeout, ProtocolError
 from downpour_common.messages import Message, Refusal, Request
 
 OnAnswer = Callable[[Request], None]
+Ready = Callable[[], bool]
 REPEAT_S = 2.0
 """For what is to be repeated: the time without an answer after which it is."""
 MOST_OPEN = 32
 """Unanswered requests that are repeated, per server."""
+WAIT_S = 1.0
+"""How long a wait attends at a time; it goes on until the ticket is settled."""
 
 
 class Ticket:
     """An operation under way: any number of requests that are awaited together.
 
-    ``on_answer`` runs in the client's thread for each answer. ``answers`` receives each answer after that, and
-    None when the ticket has failed, for callers who go on piece by piece.
+    ``on_answer`` runs for each answer, in the thread that receives it; then the answer is let go, unless it is to be
+    kept ``piecewise`` for :meth:`answer`. ``attend`` is how a thread waits,
+    see :meth:`downpour.client.thread.ClientThread.attend`; it is there once a request has been submitted.
     """
 
-    def __init__(self, count: int, on_answer: OnAnswer | None = None) -> None:
+    def __init__(self, count: int, on_answer: OnAnswer | None = None, piecewise: bool = False) -> None:
         self.on_answer = on_answer
-        self.answers: SimpleQueue[Request | None] = SimpleQueue()
+        self._keeps = piecewise or on_answer is None
         self.error: DownpourError | None = None
+        self.attend: Callable[[Ready, float], None] | None = None
+        self._answers: deque[Request] = deque()
         self._open = count
-        self._done = threading.Event()
-        if count == 0:
-            self._done.set()
+        self._done = count == 0
 
     def answered(self, message: Request) -> None:
         """One of the requests has its answer."""
@@ -55,40 +57,53 @@ class Ticket:
                 self.failed(ProtocolError(f"an answer cannot be used: {type(problem).__name__}: {problem}"))
                 return
         self._open -= 1
-        self.answers.put(message)
+        if self._keeps:
+            self._answers.append(message)
         if self._open == 0:
-            self._done.set()
+            self._done = True
 
     def failed(self, error: DownpourError) -> None:
         """One of the requests will never have its answer; the first error counts."""
-        if self.error is None and not self._done.is_set():
+        if self.error is None and not self._done:
             self.error = error
-            self.answers.put(None)
-            self._done.set()
+            self._done = True
 
     def settled(self, timeout_s: float = 0.0) -> bool:
         """Whether :meth:`wait` would return or raise at once; waits at most ``timeout_s`` for that."""
-        return self._done.wait(timeout_s)
+        if not self._done and timeout_s > 0:
+            self._attend(lambda: self._done, timeout_s)
+        return self._done
 
     def wait(self) -> None:
         """Until all answers are there. Raises what :meth:`failed` was told; the client's deadlines see to an end."""
-        self._done.wait()
+        while not self._done:
+            self._attend(lambda: self._done, WAIT_S)
         if self.error is not None:
             raise self.error
+
+    def answer(self) -> Request | None:
+        """The next answer, in the order in which they come, for callers who go on piece by piece; None when the
+        ticket has failed. Waits for it; asked for once for each request."""
+        while not self._answers and self.error is None:
+            self._attend(lambda: bool(self._answers) or self.error is not None, WAIT_S)
+        return None if self.error is not None else self._answers.popleft()
 
     def result(self) -> Request:
         """The answer of a ticket for one request."""
         self.wait()
-        answer = self.answers.get()
-        assert answer is not None
-        return answer
+        return self._answers.popleft()
+
+    def _attend(self, ready: Ready, timeout_s: float) -> None:
+        assert self.attend is not None, "nothing has been submitted with this ticket"
+        self.attend(ready, timeout_s)
 
 
 @dataclass(slots=True)
 class Submission:
     """A request on its way: ``awaited`` says in words what the answer will be, for error messages.
 
-    ``repeat_s``: time without an answer after which it is sent again; 0: never.
+    ``repeat_s``: time without an answer after which it is sent again; 0: never. ``instead`` makes the request that
+    takes its place when it is refused as ``not-staged``.
     """
 
     server: str
@@ -98,6 +113,7 @@ class Submission:
     timeout_s: float
     nbytes: int = 0
     repeat_s: float = 0.0
+    instead: Callable[[], Request] | None = None
     due_s: float = 0.0
     again_s: float = 0.0
 
@@ -148,6 +164,11 @@ class ClientCore:
         submission.due_s = now_s + submission.timeout_s
         self._servers.setdefault(submission.server, _Server(submission.server)).waiting.append(submission)
 
+    @property
+    def pressing(self) -> bool:
+        """Whether requests wait for answers to others before they may leave."""
+        return any(server.waiting for server in self._servers.values())
+
     def outgoing(self) -> list[tuple[str, Message]]:
         """The messages to send now, in order."""
         again = [s for s in self._again if s.message.request in self._in_flight]
@@ -173,10 +194,23 @@ class ClientCore:
         server = self._servers[submission.server]
         server.count(submission, -1)
         server.heard = True
-        if isinstance(message, m.Refused):
+        if isinstance(message, m.Refused) and message.code == Refusal.NOT_STAGED and submission.instead is not None:
+            if isinstance(submission.message, m.PushPullStaged):
+                self._lost(submission.message.stage)
+            # At once and without credit: what has taken the credit may wait for other workers, and they for this.
+            again = replace(submission, message=submission.instead(), nbytes=0, instead=None)
+            self._in_flight[again.message.request] = again
+            self._again.append(again)
+        elif isinstance(message, m.Refused):
             submission.ticket.failed(_refusal(server.name, submission, message))
         else:
             submission.ticket.answered(message)
+
+    def _lost(self, number: int) -> None:
+        """A request that had no answer before a later one to its shard has one: it or its answer was lost."""
+        submission = self._in_flight.pop(number, None)
+        if submission is not None:
+            self._servers[submission.server].count(submission, -1)
 
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for this any more: it is not repeated, and what has not left does not leave."""

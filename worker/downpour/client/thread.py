@@ -1,17 +1,22 @@
-"""The thread that owns the sockets: a thin loop around :class:`ClientCore` and a transport.
+"""The client's loop: a thin one around :class:`ClientCore` and a transport, run by one thread at a time.
 
-The training thread hands requests over a queue and waits on tickets; sockets never cross threads.
+Whoever has the *turn* owns core and sockets. A thread of its own has it by default, so that the worker is heard and
+hears while the script computes. A thread that waits for answers takes the turn and runs the loop itself, because each
+handing over between threads costs more than a small message does. The turn then goes back when nobody has waited for
+:data:`PARK_S`, or at once when requests wait for credit.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from downpour.client.core import REPEAT_S, ClientCore, OnAnswer, Submission, Ticket
+from downpour.client.core import REPEAT_S, ClientCore, OnAnswer, Ready, Submission, Ticket
+from downpour.client.shield import Shield
 from downpour_common.errors import DownpourError, PeerError
 from downpour_common.messages import Message, Request
 from downpour_common.transport import ClientTransport
@@ -19,8 +24,15 @@ from downpour_common.transport import ClientTransport
 TICK_S = 0.25
 LOOK_S = 0.1
 """How often a wait that may be left looks whether it is to be."""
+PARK_S = 0.02
+"""How long the client's own thread stays away after another one had the turn."""
+SWITCH_S = 5e-4
+"""While a thread waits for answers, other Python threads give the interpreter back after so long: each answer would
+otherwise wait for up to Python's 5 ms beside a thread that computes."""
 DEADLINE_MARGIN_S = 5.0
 """The shard's own deadline comes first, because it knows whom the answer is waiting for."""
+
+_Item = Submission | tuple[str, Message] | Callable[[], None]
 
 
 class ClientThread:
@@ -30,12 +42,19 @@ class ClientThread:
         self._transport = transport
         self._core = ClientCore(window_bytes)
         self._on_notice = on_notice
-        self._inbox: deque[Submission | tuple[str, Message] | Callable[[], None]] = deque()
+        self._inbox: deque[_Item] = deque()
         self._numbers = itertools.count(1)
         self._standing: tuple[str, Message] | None = None
         self._said_s = 0.0
+        self._ticked_s = time.monotonic()
+        self._turn = threading.Lock()
+        self._wanted: deque[None] = deque()
+        """one for each thread that waits for the turn"""
+        self._left_s = 0.0
+        self._resume = threading.Event()
         self._closing = threading.Event()
-        self._ended = threading.Event()
+        self._error: DownpourError | None = None
+        """why nothing is sent any more"""
         self._thread = threading.Thread(target=self._run, name="downpour-io", daemon=True)
         self._thread.start()
 
@@ -48,7 +67,10 @@ class ClientThread:
         self._put(lambda: self._core.name(server, name))
 
     def submit(self, submissions: list[Submission]) -> None:
-        """Send requests; each settles its ticket."""
+        """Send requests; each settles its ticket. What has credit is handed to the transport before this returns,
+        unless another thread has the turn, which then does so."""
+        for submission in submissions:
+            submission.ticket.attend = self.attend
         self._put(*submissions)
 
     def ask(self, server: str, message: Request, awaited: str, timeout_s: float) -> Request:
@@ -96,11 +118,6 @@ class ClientThread:
 
         self._put(say)
 
-    def _say(self) -> None:
-        if self._standing is not None and not self._ended.is_set():
-            self._transport.send(*self._standing)
-            self._said_s = time.monotonic()
-
     def tell(self, server: str, message: Message) -> None:
         """Send a message that has no answer."""
         self._put((server, message))
@@ -108,56 +125,141 @@ class ClientThread:
     def close(self) -> None:
         """Send what is queued, then end the thread and close the sockets."""
         self._closing.set()
+        self._resume.set()
         self._transport.wake()
         self._thread.join(timeout=10.0)
 
-    def _put(self, *items: Submission | tuple[str, Message] | Callable[[], None]) -> None:
-        self._inbox.extend(items)
-        if self._ended.is_set():  # nobody else will look; the closed core refuses each
-            self._take_inbox()
-        else:
+    # ------------------------------------------------------------ the turn
+
+    def attend(self, ready: Ready, timeout_s: float) -> None:
+        """Take the turn, and go on until ``ready()`` or for at most ``timeout_s``."""
+        until_s = time.monotonic() + timeout_s
+        with Shield() as shield:
+            if not self._take_turn(timeout_s):
+                return
+            usual_s = sys.getswitchinterval()
+            sys.setswitchinterval(min(usual_s, SWITCH_S))
+            try:
+                while not (ready() or shield.struck or self._error):
+                    left_s = until_s - time.monotonic()
+                    if left_s <= 0:
+                        break
+                    self._turn_once(min(left_s, TICK_S))
+            except Exception as problem:
+                self._fail(_broken(problem))
+            except BaseException as problem:  # a signal handler of the script's, between any two instructions
+                self._fail(PeerError("worker", f"was interrupted in a message by {type(problem).__name__}"))
+                raise
+            finally:
+                sys.setswitchinterval(usual_s)
+                self._give_turn()
+
+    def _take_turn(self, timeout_s: float) -> bool:
+        if self._turn.acquire(blocking=False):
+            return True
+        self._wanted.append(None)
+        try:
             self._transport.wake()
+            return self._turn.acquire(timeout=timeout_s)
+        finally:
+            self._wanted.pop()
+
+    def _give_turn(self) -> None:
+        """What others have put into the inbox meanwhile leaves first: they rely on whoever had the turn."""
+        pressing = self._core.pressing
+        self._left_s = time.monotonic()
+        self._turn.release()
+        while self._inbox and self._turn.acquire(blocking=False):
+            self._try_to_send()
+            pressing = self._core.pressing
+            self._turn.release()
+        if pressing:
+            self._resume.set()
+
+    def _put(self, *items: _Item) -> None:
+        with Shield():
+            self._inbox.extend(items)
+            if self._turn.acquire(blocking=False):
+                try:
+                    self._try_to_send()
+                finally:
+                    self._give_turn()
+            else:
+                self._transport.wake()
 
     def _run(self) -> None:
-        last_tick_s = time.monotonic()
-        error: DownpourError = PeerError("worker", "the connection to the servers is closed")
-        try:
-            while True:
-                closing = self._closing.is_set()
-                self._take_inbox()
-                for server, message in self._core.outgoing():
-                    self._transport.send(server, message)
-                if closing and not self._inbox:
-                    break
-                for _, message in self._transport.poll(TICK_S):
-                    if isinstance(message, Request):
-                        self._core.received(message)
-                    else:
-                        self._on_notice(message)
-                now_s = time.monotonic()
-                if now_s - last_tick_s >= TICK_S:
-                    last_tick_s = now_s
-                    self._core.tick(now_s)
-                    if now_s - self._said_s >= REPEAT_S:
-                        self._say()
-        except Exception as problem:
-            error = PeerError("worker", f"the communication thread failed: {type(problem).__name__}: {problem}")
-            raise
-        finally:
-            self._core.close(error)
-            self._ended.set()
-            self._take_inbox()
+        """The client's own thread."""
+        while not (self._closing.is_set() or self._error):
+            with self._turn:
+                try:
+                    while not (self._wanted or self._closing.is_set() or self._error):
+                        self._turn_once(TICK_S)
+                except Exception as problem:
+                    self._fail(_broken(problem))
+            self._park()
+        with self._turn:
+            self._try_to_send()
+            self._fail(PeerError("worker", "the connection to the servers is closed"))
             self._transport.close()
 
-    def _take_inbox(self) -> None:
-        while True:
-            try:
-                item = self._inbox.popleft()
-            except IndexError:
+    def _park(self) -> None:
+        """Stay away from the turn until it is of use."""
+        while not (self._closing.is_set() or self._error):
+            if self._resume.wait(PARK_S):
+                self._resume.clear()
                 return
+            if not self._wanted and not self._turn.locked() and time.monotonic() - self._left_s >= PARK_S:
+                return
+
+    # ------------------------------------------------------------ with the turn
+
+    def _turn_once(self, timeout_s: float) -> None:
+        self._send()
+        for _, message in self._transport.poll(timeout_s):
+            if isinstance(message, Request):
+                self._core.received(message)
+            else:
+                self._on_notice(message)
+        now_s = time.monotonic()
+        if now_s - self._ticked_s >= TICK_S:
+            self._ticked_s = now_s
+            self._core.tick(now_s)
+            if now_s - self._said_s >= REPEAT_S:
+                self._say()
+
+    def _try_to_send(self) -> None:
+        """For threads with business of their own: what goes wrong fails the tickets, not them."""
+        try:
+            self._send()
+        except Exception as problem:
+            self._fail(_broken(problem))
+
+    def _send(self) -> None:
+        """Take what the inbox holds; what has credit leaves. Once closed, the core refuses each."""
+        while self._inbox:
+            item = self._inbox.popleft()
             if isinstance(item, Submission):
                 self._core.submit(item, time.monotonic())
             elif callable(item):
                 item()
-            elif not self._ended.is_set():
+            elif not self._error:
                 self._transport.send(*item)
+        for server, message in self._core.outgoing():
+            self._transport.send(server, message)
+
+    def _say(self) -> None:
+        if self._standing is not None and not self._error:
+            self._transport.send(*self._standing)
+            self._said_s = time.monotonic()
+
+    def _fail(self, error: DownpourError) -> None:
+        """Everything under way fails, and whatever comes later; the first error counts."""
+        if self._error is None:
+            self._error = error
+            self._core.close(error)
+            self._closing.set()
+            self._resume.set()
+
+
+def _broken(problem: Exception) -> DownpourError:
+    return PeerError("worker", f"the communication thread failed: {type(problem).__name__}: {problem}")
