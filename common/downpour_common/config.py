@@ -88,10 +88,19 @@ class _Description(BaseModel):
 # ---------------------------------------------------------------- a job
 
 
+LEAST_CHUNK_BYTES = 1024
+SENT_CHUNK_BYTES = 2 << 20
+"""Where payloads are sent: smaller ones cost more per message, larger ones more per byte."""
+SHARED_CHUNK_BYTES = 4 << 20
+"""Where only headers are sent: the fewer the better, as long as several chunks fit into a processor's caches."""
+
+
 class Settings(_Description):
     """What ``--set key=value`` sets. Sizes in bytes, times in seconds."""
 
-    chunk_bytes: ByteCount = Field(1 << 20, ge=1024, le=64 << 20, description="largest chunk, the unit of transfer")
+    chunk_bytes: ByteCount = Field(
+        0, ge=0, le=64 << 20, description="largest chunk, the unit of transfer; 0: 4 MiB in shared memory, else 2 MiB"
+    )
     window_bytes: ByteCount = Field(16 << 20, ge=1 << 16, description="unacknowledged bytes per worker and shard")
     n_push: int = Field(1, ge=1, description="async: steps between pushes of the accrued gradient")
     n_fetch: int = Field(1, ge=1, description="async: steps between fetches of the weights")
@@ -100,12 +109,27 @@ class Settings(_Description):
     )
     transport: Literal["ipc", "tcp"] = Field("ipc", description="ipc: private sockets; tcp: loopback")
     shared_memory: bool = Field(True, description="ipc: gradients and weights in shared memory where possible")
+    overlap: Literal["auto", "off"] = Field(
+        "auto", description="auto: gradients that are sent leave while backward computes others"
+    )
+    fetch_ahead: bool = Field(
+        False,
+        description="async: the answer to a push is fetched while the next step computes, on weights one step older",
+    )
+    in_place: bool = Field(True, description="with one worker and shared memory: train on the servers' own weights")
     port: int = Field(0, ge=0, le=65535, description="tcp: the coordinator's port, 0 for a free one")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a push, pull, round or barrier")
     start_timeout_s: float = Field(300.0, gt=0, description="deadline for all processes to have joined")
     checkpoint_s: float = Field(60.0, ge=0, description="time between checkpoints; 0: only the last one")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept in the run directory")
     grace_s: float = Field(5.0, ge=0, description="time between SIGTERM and SIGKILL for a script that is stopped")
+
+    @field_validator("chunk_bytes")
+    @classmethod
+    def _chunks_are_worth_it(cls, value: int) -> int:
+        if 0 < value < LEAST_CHUNK_BYTES:
+            raise ValueError(f"0 (chosen) or at least {LEAST_CHUNK_BYTES}")
+        return value
 
 
 class JobSpec(_Description):
@@ -152,6 +176,14 @@ class JobSpec(_Description):
         """``min_workers``, or all."""
         return self.workers if self.min_workers is None else self.min_workers
 
+    def with_chunks(self, shared: bool) -> JobSpec:
+        """With ``chunk_bytes`` chosen where it is left open. ``shared``: gradients and weights will lie in shared
+        memory."""
+        if self.settings.chunk_bytes:
+            return self
+        chosen = SHARED_CHUNK_BYTES if shared else SENT_CHUNK_BYTES
+        return self.model_copy(update={"settings": self.settings.model_copy(update={"chunk_bytes": chosen})})
+
 
 TABLES = ("settings", "env", "worker_labels", "server_labels")
 """The fields that are tables of their own in a job file."""
@@ -164,6 +196,8 @@ def job_spec(**fields: Any) -> JobSpec:
     except ValidationError as error:
         raise ConfigError(*describe(error)) from None
     settings, problems = spec.settings, []
+    if settings.fetch_ahead and (spec.parsed_mode.name, settings.n_push, settings.n_fetch) != ("async", 1, 1):
+        problems.append("settings: fetch_ahead belongs to mode async with n_push=1 and n_fetch=1")
     if spec.parsed_mode.name != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
         problems.append(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges every step")
     if settings.port and settings.transport != "tcp":

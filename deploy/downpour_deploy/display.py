@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from downpour_common.sizes import format_bytes
 from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.outcome import Outcome, quantiles
 from downpour_deploy.resolve import ResolvedJob
@@ -41,8 +42,9 @@ class Display:
         if not self._quiet:
             self._console.print(
                 f"downpour: job {spec.name}: {_n(spec.workers, 'worker')}, {_n(spec.shards, 'shard')}, "
-                f"mode {spec.mode}, {_n(spec.threads, 'thread')} per process ({_n(job.cores, 'core')}), "
-                f"{spec.settings.transport}, seed {spec.seed}, out {spec.out}",
+                f"mode {spec.mode}, {_threads(job)} ({_n(job.cores, 'core')}), "
+                f"{spec.settings.transport}, chunks of {format_bytes(spec.settings.chunk_bytes)}, seed {spec.seed}, "
+                f"out {spec.out}",
                 markup=False,
             )
             if spec.resume:
@@ -150,6 +152,13 @@ def _table(outcome: Outcome) -> Table:
         table.add_row("weights", outcome.model)
     table.add_row("run", outcome.out)
     return table
+
+
+def _threads(job: ResolvedJob) -> str:
+    workers, shards = job.threads.workers, job.threads.shards
+    if workers == shards:
+        return f"{_n(workers, 'thread')} per process"
+    return f"{_n(workers, 'thread')} per worker and {shards} per shard"
 
 
 def _n(count: int, noun: str) -> str:

@@ -14,6 +14,10 @@ from downpour_coordinator.facts import JobFacts, facts_for
 from downpour_deploy.resolve import ResolvedJob
 from downpour_server.config import ShardConfig
 
+SPIN_COUNT = "10000"
+"""How long GNU OpenMP's threads spin for more work, about 0.2 ms: until the next piece of the same computation. Its
+default is milliseconds, in which workers and shards, which compute in turns, take the cores from each other."""
+
 Process = tuple[list[str], dict[str, str]]
 """Command and environment."""
 
@@ -28,7 +32,7 @@ class Place:
     workers: int = 0
     """members at the start; 0: as many as the job wants"""
     threads: int = 0
-    """of the process, where the job leaves it open"""
+    """of the process, where the job leaves it open; see :mod:`downpour_deploy.threads`"""
     folder: str = ""
     """the job's folder on that host"""
     keys: dict[str, Any] | None = None
@@ -67,6 +71,9 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         timeout_s=settings.timeout_s,
         start_timeout_s=settings.start_timeout_s,
         keys=place.keys,
+        overlap=settings.overlap,
+        fetch_ahead=settings.fetch_ahead,
+        in_place=settings.in_place,
     )
     return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec, place), **context.to_environment()}
 
@@ -97,7 +104,10 @@ def shard_process(
 
 def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
     threads = str(spec.threads or place.threads or 1)
-    return {**place.environment, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **spec.env}
+    chosen = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & {*place.environment, *spec.env}:
+        chosen["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return {**place.environment, **chosen, **spec.env}
 
 
 def job_facts(job: ResolvedJob, job_id: str) -> JobFacts:

@@ -42,6 +42,7 @@ class LocalJob:
         self._wake = asyncio.Event()
         self._transport = transport
         out = os.path.abspath(job.spec.out)
+        self._threads = job.threads
         facts = launch.job_facts(job, self._job_id)
         newest = (checkpoints.numbers(job.spec.out) or [0])[-1]
         self._job = Lifecycle(self._job_id, job.spec, facts, out + "/", newest)
@@ -81,7 +82,8 @@ class LocalJob:
 
     def _spawn(self, process: Process) -> None:
         spec, address, index = self._spec, self._transport.address, process.index
-        place = launch.Place(epoch=process.epoch, workers=self._job.training.facts.workers)
+        threads = self._threads.workers if process.role == "worker" else self._threads.shards
+        place = launch.Place(epoch=process.epoch, workers=self._job.training.facts.workers, threads=threads)
         name = f"{process.role}-{index}" + (f".{process.epoch}" if process.epoch else "")
         if process.role == "worker":
             command, environment = launch.worker_process(spec, self._job_id, address, index, place)

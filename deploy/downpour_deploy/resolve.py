@@ -11,6 +11,8 @@ from downpour_common.config import JobSpec, job_spec, parse_settings
 from downpour_common.errors import CheckpointError, ConfigError
 from downpour_coordinator import checkpoints
 from downpour_coordinator.checkpoints import Checkpoint
+from downpour_deploy.agent.resources import gpus
+from downpour_deploy.threads import Threads, on_one_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,12 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedJob:
-    """A job that can start. ``notes`` are for the user to read."""
+    """A job that can start. ``threads`` are those in force; ``notes`` are for the user to read."""
 
     spec: JobSpec
     checkpoint: Checkpoint | None
     cores: int
+    threads: Threads
     notes: tuple[str, ...]
 
 
@@ -50,10 +53,8 @@ def resolve(wishes: Wishes) -> ResolvedJob:
     if not os.path.isfile(wishes.script):
         problems.append(f"{wishes.script}: no such file; give the path of the training script")
     workers = _count("--workers", wishes.workers, cores, problems)
-    processes = max(1, workers + max(1, wishes.shards))
     preset = os.environ.get("OMP_NUM_THREADS", "")
-    auto = int(preset) if preset.isdecimal() and int(preset) else max(1, cores // processes)
-    threads = _count("--threads", wishes.threads, auto, problems)
+    threads = _count("--threads", wishes.threads, int(preset) if preset.isdecimal() else 0, problems)
     checkpoint = None
     try:
         if wishes.resume is not None:
@@ -91,7 +92,15 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         problems += error.problems
     if problems or spec is None:
         raise ConfigError(*problems)
-    return ResolvedJob(spec, checkpoint, cores, tuple(notes))
+    spec = spec.with_chunks(_shares_memory(spec))
+    return ResolvedJob(spec, checkpoint, cores, on_one_host(spec, cores), tuple(notes))
+
+
+def _shares_memory(spec: JobSpec) -> bool:
+    """Whether gradients and weights will lie in shared memory, as far as can be told before the script runs."""
+    settings = spec.settings
+    wanted = settings.shared_memory and settings.transport == "ipc" and settings.n_push == 1
+    return wanted and (spec.device == "cpu" or (spec.device == "auto" and not gpus()))
 
 
 def _count(option: str, text: str, auto: int, problems: list[str]) -> int:

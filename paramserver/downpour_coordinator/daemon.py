@@ -244,7 +244,7 @@ class CoordinatorDaemon:
         fields = document.get("spec")
         if not isinstance(fields, dict):
             raise ConfigError("the submission has no spec")
-        spec = job_spec(**fields)
+        spec = job_spec(**fields).with_chunks(shared=False)  # settled once, for processes of any host at any time
         source, number, manifest = self._resume_from(spec.resume) if spec.resume else ("", 0, None)
         large = cluster.too_large(spec)
         if large and document.get("anyway") is not True:

@@ -47,6 +47,14 @@ class Members:
         """The lowest slot; -1 where there are no members."""
         return min(self._epochs, default=-1)
 
+    @property
+    def sole(self) -> tuple[int, int] | None:
+        """Slot and epoch of the only member, if there is exactly one, it has spoken, and it has not left."""
+        if len(self._epochs) != 1:
+            return None
+        [(slot, epoch)] = self._epochs.items()
+        return None if epoch is None or slot in self._left else (slot, epoch)
+
     def objection(self, slot: int, epoch: int) -> tuple[Refusal, str] | None:
         """Why a message of this worker is not for this shard; None when it is."""
         name = f"worker/{slot}"

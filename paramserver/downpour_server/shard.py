@@ -21,15 +21,17 @@ from downpour_common.layout import Layout, SharedLayout
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
+from downpour_server.attached import AttachedMemory, Lodging
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.effects import Attach, Effect, Reply, SendWeights
 from downpour_server.members import Members
 from downpour_server.policy import POLICIES, Gate
 from downpour_server.snapshot import Capture
+from downpour_server.staged import StagedPayloads
 from downpour_server.stats import ShardStats
 from downpour_server.store import StoredChunk
-from downpour_server.tensors import from_bytes, is_finite
+from downpour_server.tensors import Scratch, from_bytes, is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Identity:
     shard_epoch: int
 
 
-FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory
+FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory | m.Stage
 """What a worker sends, which says who it is."""
 
 
@@ -57,14 +59,17 @@ class _Ending:
 
 @dataclass(slots=True)
 class _Fetch:
-    """A fetch that is not answered yet. ``seq`` is -1 for a plain pull, which waits for the first weights only."""
+    """A fetch that is not answered yet. ``seq`` is -1 for a plain pull, which waits for the first weights only.
+
+    ``memory``: where the weights are to be brought; None: they are sent.
+    """
 
     peer: Peer
     request: int
     slot: int
     seq: int
     since_s: float
-    shared: bool = False
+    memory: AttachedMemory | None = None
 
 
 class Shard:
@@ -74,8 +79,9 @@ class Shard:
         self.identity = identity
         self.layout = layout
         self.stats = ShardStats()
+        scratch = Scratch()
         self.chunks = {
-            c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {})
+            c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {}, scratch)
             for c in layout.of_shard(identity.shard)
         }
         self._mode = mode
@@ -87,8 +93,11 @@ class Shard:
             self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._members)
         self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
         self._ending: list[_Ending] = []
-        self._shared: dict[int, tuple[int, memoryview]] = {}
+        self._attached: dict[int, AttachedMemory] = {}
+        """by slot"""
+        self._lodging = Lodging(self.chunks.values(), self._members)
         self.shared_layout = SharedLayout(layout)
+        self._staged = StagedPayloads()
         self._capture: Capture | None = None
         self._position: tuple[int, ...] = ()
 
@@ -110,6 +119,12 @@ class Shard:
                 self._contribute(peer, message, message.payload, now_s, effects)
             case m.PushPullShared():
                 self._contribute_shared(peer, message, now_s, effects)
+            case m.Stage():
+                if self._admits(peer, message, effects):
+                    self._stage(peer, message, effects)
+            case m.PushPullStaged():
+                if self._admits(peer, message, effects):
+                    self._contribute_staged(peer, message, now_s, effects)
             case m.Pull():
                 if self._admits(peer, message, effects):
                     self._fetch(peer, message, now_s, effects)
@@ -130,6 +145,8 @@ class Shard:
                 if self._admits(peer, message, effects):
                     effects.append(Reply(peer, m.Ack(message.request, 0)))
                     self._members.leave(message.slot)
+                    self._staged.drop(message.slot)
+                    self._lodging.review()
                     self._members_changed(effects)
             case _:
                 raise ProtocolError(f"a shard does not take {type(message).__name__}")
@@ -154,6 +171,7 @@ class Shard:
         change = self._members.replace(version, epochs)
         if change is None:
             return effects
+        self._lodging.review()
         for slot in change.over:
             self._dismiss(slot, effects)
         for index, gate in self._gates.items():
@@ -171,7 +189,10 @@ class Shard:
             reason = f"the memory of worker/{offer.slot} cannot be shared with server/{self.identity.shard}"
             self._refuse(attach.peer, offer.request, Refusal.NOT_SHARED, reason, effects)
         else:
-            self._shared[offer.slot] = (offer.worker_epoch, memory)
+            if self._lodging.host is not None and self._lodging.host[0] == offer.slot:
+                self._lodging.end()
+            worker = (offer.slot, offer.worker_epoch)
+            self._attached[offer.slot] = AttachedMemory(worker, memory, self.shared_layout, offer.in_place)
             effects.append(Reply(attach.peer, m.Ack(offer.request, 0)))
         return effects
 
@@ -215,12 +236,15 @@ class Shard:
         """Find the contribution in the worker's memory; it stays there, unchanged, until the answer."""
         if not self._admits(peer, push, effects):
             return
-        stored, (epoch, memory) = self.chunks.get(push.chunk), self._shared.get(push.slot, (-1, memoryview(b"")))
-        if stored is None or stored.chunk.kind != "trainable" or epoch != push.worker_epoch:
+        stored, memory = self.chunks.get(push.chunk), self._memory_of(push)
+        if stored is None or not stored.trainable or memory is None:
             reason = f"chunk {push.chunk} is not in memory that worker/{push.slot} shares with this shard"
             self._refuse(peer, push.request, Refusal.NOT_SHARED, reason, effects)
-        else:
-            self._contribute(peer, push, memory[self.shared_layout.gradient(stored.chunk)], now_s, effects)
+            return
+        if self._accept(peer, push, stored, memory.gradient(stored.chunk), effects):
+            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s, memory))
+            self._answer(push.chunk, effects)
+            self._finish_capture(effects)
 
     def _contribute(
         self, peer: Peer, push: m.Contribution, payload: m.Buffer, now_s: float, effects: list[Effect]
@@ -230,61 +254,129 @@ class Shard:
         stored = self._stored(peer, push.request, push.chunk, payload, effects)
         if stored is None:
             return
+        self._staged.drop(push.slot, push.chunk)
+        self._take(peer, push, stored, from_bytes(payload, stored.chunk.dtype), None, now_s, effects)
+
+    def _stage(self, peer: Peer, stage: m.Stage, effects: list[Effect]) -> None:
+        stored = self._stored(peer, stage.request, stage.chunk, stage.payload, effects)
+        if stored is None:
+            return
+        if not stored.trainable:
+            reason = f"chunk {stage.chunk} is {stored.chunk.kind}: nothing of it is staged"
+            self._refuse(peer, stage.request, Refusal.MALFORMED, reason, effects)
+            return
+        self.stats.staged += 1
+        self.stats.bytes_in += stored.nbytes
+        effects.append(Reply(peer, m.Staged(stage.request, self._staged.hold(stage, stored.chunk.dtype))))
+
+    def _contribute_staged(self, peer: Peer, push: m.PushPullStaged, now_s: float, effects: list[Effect]) -> None:
+        """Find the contribution among what the worker has sent ahead."""
+        stored, held = self.chunks.get(push.chunk), self._staged.take(push)
+        if stored is not None and held is not None:
+            self._take(peer, push, stored, held.gradient, held.finite, now_s, effects)
+        elif stored is not None and self._repeated(push, stored):
+            self._take(peer, push, stored, stored.weights, True, now_s, effects)
+        else:
+            reason = (
+                f"contribution {push.seq} of worker/{push.slot} to chunk {push.chunk} is not what was staged, if any"
+            )
+            self._refuse(peer, push.request, Refusal.NOT_STAGED, reason, effects)
+
+    def _repeated(self, push: m.Contribution, stored: StoredChunk) -> bool:
+        window = stored.window(push.slot, push.worker_epoch, self._members.first_seq)
+        return window.look(push.seq) is Seen.REPEAT
+
+    def _take(
+        self,
+        peer: Peer,
+        push: m.Contribution,
+        stored: StoredChunk,
+        gradient: torch.Tensor,
+        finite: bool | None,
+        now_s: float,
+        effects: list[Effect],
+    ) -> None:
+        """A contribution that has come as a payload. ``finite``: whether it is; None: not known yet."""
+        if stored.trainable and (memory := self._memory_of(push)) is not None:
+            # It did not ask for weights in its memory, or will copy what it gets there itself, nobody knows when.
+            memory.may_lodge = False
+            if self._lodging.host == memory.worker:
+                self._lodging.end()
+        if not self._accept(peer, push, stored, gradient, effects, finite):
+            return
+        if isinstance(push, m.Push):
+            effects.append(Reply(peer, m.Ack(push.request, stored.version)))
+        else:
+            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
+        self._answer(push.chunk, effects)
+        self._finish_capture(effects)
+
+    def _accept(
+        self,
+        peer: Peer,
+        push: m.Contribution,
+        stored: StoredChunk,
+        gradient: torch.Tensor,
+        effects: list[Effect],
+        finite: bool | None = None,
+    ) -> bool:
+        """Apply a contribution or let it wait for its round, unless it is a repeat; False, with a refusal, if not."""
         window = stored.window(push.slot, push.worker_epoch, self._members.first_seq)
         seen = window.look(push.seq)
-        gradient = from_bytes(payload, stored.chunk.dtype)
-        objection = self._objection(push, stored, seen, gradient)
+        objection = self._objection(push, stored, seen, gradient, finite)
         if objection is not None:
-            self._refuse(peer, push.request, *objection, effects)
-            return
+            code, reason = objection
+            reason = f"contribution {push.seq} of worker/{push.slot} {reason}"
+            self._refuse(peer, push.request, code, reason, effects)
+            return False
         if seen is Seen.REPEAT:
             self.stats.repeats += 1
         else:
             window.record(push.seq)
-            self.stats.bytes_in += stored.chunk.nbytes
+            if not isinstance(push, m.PushPullStaged):  # whose bytes came before
+                self.stats.bytes_in += stored.nbytes
             contribution = Contribution(
                 push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position
             )
             self._apply(stored, self._gates[push.chunk].offer(contribution))
-        if isinstance(push, m.Push):
-            effects.append(Reply(peer, m.Ack(push.request, stored.version)))
-        else:
-            shared = isinstance(push, m.PushPullShared)
-            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s, shared))
-        self._answer(push.chunk, effects)
-        self._finish_capture(effects)
+        return True
 
     def _objection(
-        self, push: m.Contribution, stored: StoredChunk, seen: Seen, gradient: torch.Tensor
+        self, push: m.Contribution, stored: StoredChunk, seen: Seen, gradient: torch.Tensor, finite: bool | None
     ) -> tuple[Refusal, str] | None:
         """Why a contribution must not be applied; a refused one leaves no trace, so it may come again, repaired."""
-        epoch, name = self.identity.shard_epoch, f"contribution {push.seq} of worker/{push.slot}"
+        epoch = self.identity.shard_epoch
         if push.shard_epoch != epoch:
-            return Refusal.STALE_EPOCH, f"{name} is meant for epoch {push.shard_epoch} of this shard, not {epoch}"
+            return Refusal.STALE_EPOCH, f"is meant for epoch {push.shard_epoch} of this shard, not {epoch}"
         if push.seq < 0 or push.samples < 0 or stored.chunk.kind == "frozen":
-            return Refusal.MALFORMED, f"{name} to {stored.chunk.kind} chunk {push.chunk} makes no sense"
+            return Refusal.MALFORMED, f"to {stored.chunk.kind} chunk {push.chunk} makes no sense"
         if seen is Seen.TOO_OLD:
-            return Refusal.STALE_SEQ, f"{name} is older than the window of repeats"
+            return Refusal.STALE_SEQ, "is older than the window of repeats"
         if seen is Seen.REPEAT:
             return None
         if not stored.initialised:
-            return Refusal.NOT_READY, f"chunk {push.chunk} has no weights yet: pull before the first push"
+            return Refusal.NOT_READY, f"is early: chunk {push.chunk} has no weights yet; pull before the first push"
         if not stored.understands(push.hyper):
-            return Refusal.MALFORMED, f"{name} has options that the update rule cannot take"
-        if stored.chunk.kind == "trainable" and not is_finite(gradient):
-            return Refusal.NON_FINITE, f"{name} holds NaN or Inf and was not applied"
+            return Refusal.MALFORMED, "has options that the update rule cannot take"
+        if stored.trainable and not (is_finite(gradient) if finite is None else finite):
+            return Refusal.NON_FINITE, "holds NaN or Inf and was not applied"
         return None
+
+    def _memory_of(self, message: m.Contribution | m.Pull) -> AttachedMemory | None:
+        """The memory that the sender itself has attached, not a worker before it in its slot."""
+        memory = self._attached.get(message.slot)
+        return memory if memory is not None and memory.worker[1] == message.worker_epoch else None
 
     def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]]) -> None:
         for round_ in rounds:
-            if stored.chunk.kind == "trainable":
+            if stored.trainable:
                 for contribution in round_:
                     self.stats.staleness[max(0, stored.version - contribution.base_version)] += 1
                     self.stats.applied += 1
                 self.stats.updates += 1
             stored.apply(round_)
             self._position = max(self._position, *(c.position for c in round_))
-            if stored.chunk.kind == "trainable":
+            if stored.trainable:
                 self.stats.round = max(self.stats.round, stored.version)
             if self._capture is not None:
                 self._capture.look(stored, self._position)
@@ -297,13 +389,11 @@ class Shard:
             if not stored.initialised or not (fetch.seq < 0 or gate.may_answer(fetch.slot, fetch.seq)):
                 kept.append(fetch)
                 continue
-            if fetch.seq >= 0 and stored.chunk.kind == "trainable":
+            if fetch.seq >= 0 and stored.trainable:
                 self.stats.clock_gap_max = max(self.stats.clock_gap_max, gate.clock_gap(fetch.slot, fetch.seq))
-            self.stats.bytes_out += stored.chunk.nbytes
-            if fetch.shared:
-                memory = self._shared[fetch.slot][1]
-                target = from_bytes(memory[self.shared_layout.weights(stored.chunk)], stored.chunk.dtype)
-                target.copy_(stored.weights)
+            self.stats.bytes_out += stored.nbytes
+            if fetch.memory is not None:
+                self._lodging.answer(stored, fetch.memory)
                 effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, stored.version)))
             else:
                 effects.append(SendWeights(fetch.peer, fetch.request, stored))
@@ -328,7 +418,8 @@ class Shard:
             self._fetches[index] = [f for f in fetches if f.slot != slot]
         for entry in waiting:
             self._refuse(entry.peer, entry.request, Refusal.STALE_EPOCH, reason, effects)
-        self._shared.pop(slot, None)
+        self._attached.pop(slot, None)
+        self._staged.drop(slot)
 
     def _finish_capture(self, effects: list[Effect]) -> None:
         if self._capture is not None and (written := self._capture.effect()) is not None:
@@ -352,7 +443,7 @@ class Shard:
         stored = self._stored(peer, init.request, init.chunk, init.payload, effects)
         if stored is None:
             return
-        if not is_finite(from_bytes(init.payload, stored.chunk.dtype)) and stored.chunk.kind == "trainable":
+        if stored.trainable and not is_finite(from_bytes(init.payload, stored.chunk.dtype)):
             names = ", ".join(t.name for t, *_ in self.layout.pieces_of(stored.chunk))
             reason = f"the initial weights hold NaN or Inf, in one of: {names}"
             self._refuse(peer, init.request, Refusal.NON_FINITE, reason, effects)
@@ -362,10 +453,13 @@ class Shard:
         self._answer(init.chunk, effects)
 
     def _fetch(self, peer: Peer, pull: m.Pull, now_s: float, effects: list[Effect]) -> None:
-        if pull.chunk not in self.chunks:
+        stored, memory = self.chunks.get(pull.chunk), self._memory_of(pull)
+        if stored is None:
             self._refuse(peer, pull.request, Refusal.MALFORMED, f"chunk {pull.chunk} is not here", effects)
             return
-        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s))
+        if not stored.trainable or (memory is not None and not memory.in_place):
+            memory = None
+        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s, memory))
         self._answer(pull.chunk, effects)
 
     def _stored(
@@ -375,8 +469,8 @@ class Shard:
         size = memoryview(payload).nbytes
         if stored is None:
             self._refuse(peer, request, Refusal.MALFORMED, f"chunk {chunk} is not here", effects)
-        elif size != stored.chunk.nbytes:
-            reason = f"chunk {chunk} has {stored.chunk.nbytes} bytes, the payload {size}"
+        elif size != stored.nbytes:
+            reason = f"chunk {chunk} has {stored.nbytes} bytes, the payload {size}"
             self._refuse(peer, request, Refusal.MALFORMED, reason, effects)
             return None
         return stored
@@ -391,6 +485,8 @@ class Shard:
         if objection is not None:
             self._refuse(peer, message.request, *objection, effects)
             return False
+        if self._lodging.host is not None and self._lodging.host != (message.slot, message.worker_epoch):
+            self._lodging.review()  # the first word of a worker may make it a member
         return True
 
     def _refuse(self, peer: Peer, request: int, code: Refusal, reason: str, effects: list[Effect]) -> None:

@@ -17,6 +17,8 @@ class ShardStats:
     refused: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    staged: int = 0
+    """payloads that came ahead of their push-pull, used or not"""
     clock_gap_max: int = 0
     updates: int = 0
     round: int = 0
@@ -33,6 +35,7 @@ class ShardStats:
             "refused": self.refused,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
+            "staged": self.staged,
             "clock_gap_max": self.clock_gap_max,
             "updates": self.updates,
             "round": self.round,

@@ -16,18 +16,25 @@ from downpour_common.transport import Sent
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import DedupWindow
 from downpour_server.rules import RULES, Rule
-from downpour_server.tensors import as_bytes, from_bytes, torch_dtype, weighted_mean
+from downpour_server.tensors import Scratch, as_bytes, from_bytes, torch_dtype, weighted_mean
 
 
 class StoredChunk:
-    """Holds and changes one chunk. ``version`` counts the updates it has absorbed."""
+    """Holds and changes one chunk. ``version`` counts the updates it has absorbed; chunks may share a ``scratch``.
 
-    def __init__(self, chunk: Chunk, rule: str, options: Mapping[str, Any]) -> None:
+    ``lodging``: its weights lie in a worker's memory, see :mod:`downpour_server.attached`.
+    """
+
+    def __init__(self, chunk: Chunk, rule: str, options: Mapping[str, Any], scratch: Scratch | None = None) -> None:
         self.chunk = chunk
+        self.trainable = chunk.kind == "trainable"
+        self.nbytes = chunk.nbytes
         self.version = 0
         self.initialised = False
+        self.lodging = False
         self.weights = torch.zeros(chunk.numel, dtype=torch_dtype(chunk.dtype))
-        self._rule: Rule | None = RULES[rule](options) if chunk.kind == "trainable" else None
+        self._rule: Rule | None = RULES[rule](options) if self.trainable else None
+        self._scratch = scratch or Scratch()
         self._options = dict(options)
         self._hyper = b""
         self._understood = b""
@@ -74,7 +81,7 @@ class StoredChunk:
             if round_[0].hyper and round_[0].hyper != self._hyper:
                 self._hyper = round_[0].hyper
                 self._rule.set_options(wire.unpack(self._hyper))
-            gradient = weighted_mean([c.gradient for c in round_], [c.samples for c in round_])
+            gradient = weighted_mean([c.gradient for c in round_], [c.samples for c in round_], self._scratch)
             self._rule.apply(self.weights, gradient)
         self.version += 1
 
@@ -85,26 +92,43 @@ class StoredChunk:
         latest = [self._latest[slot] for slot in sorted(self._latest)]
         constant = all(torch.equal(latest[0], other) for other in latest[1:])  # whose mean would round
         if not constant and (self.weights.dtype.is_floating_point or self.weights.dtype.is_complex):
-            mean = weighted_mean(latest, [1] * len(latest))
-            self.weights.copy_(mean)
+            self.weights.copy_(weighted_mean(latest, [1] * len(latest), self._scratch))
         else:
             self.weights.copy_(latest[0])
 
     def payload(self) -> memoryview:
-        """The weights' memory, to be sent as it is; tell :meth:`being_read` what the transport says."""
-        return as_bytes(self.weights)
+        """The weights' memory, to be sent as it is; tell :meth:`being_read` what the transport says.
+
+        Memory that is not this shard's own is copied, for nobody here knows when it is written next.
+        """
+        return as_bytes(self.weights.clone() if self.lodging else self.weights)
 
     def being_read(self, sent: Sent) -> None:
-        """The weights are under way without a copy until ``sent.done``."""
-        if not sent.done:
+        """What :meth:`payload` gave is under way without a copy until ``sent.done``."""
+        if not self.lodging and not sent.done:
             self._readers = [r for r in self._readers if not r.done]
             self._readers.append(sent)
 
     def _before_write(self) -> None:
         """Copy on write: a reader that is still sending keeps the old memory, so nobody sees a torn chunk."""
-        if self._readers and not all(r.done for r in self._readers):
-            self.weights = self.weights.clone()
+        if self._readers:
+            if not all(r.done for r in self._readers):
+                self.weights = self.weights.clone()
+            self._readers = []
+
+    # ------------------------------------------------------------ where the weights are
+
+    def move_in(self, memory: torch.Tensor) -> None:
+        """Keep the weights in ``memory``, which holds them already. What is still being sent stays where it was."""
+        self.weights = memory
+        self.lodging = True
         self._readers = []
+
+    def move_out(self) -> None:
+        """Back to memory of this shard's own."""
+        if self.lodging:
+            self.weights = self.weights.clone()
+            self.lodging = False
 
     # ------------------------------------------------------------ snapshots
 

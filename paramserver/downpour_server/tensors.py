@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from downpour_common.messages import Buffer
@@ -31,25 +33,42 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. One pass in the usual case: a finite sum has only finite terms."""
-    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor)
+    elif not tensor.dtype.is_floating_point:
         return True
-    if tensor.dtype in _HALF:
-        return bool(torch.isfinite(tensor).all())
-    total = tensor.sum()
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def weighted_mean(tensors: list[torch.Tensor], weights: list[int]) -> torch.Tensor:
+class Scratch:
+    """Memory that is used again and again. What :meth:`take` gives is good until the same is taken next."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, use: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor with anything in it. Different ``use`` never share memory."""
+        held = self._held.get((use, dtype))
+        if held is None or held.numel() < numel:
+            held = self._held[use, dtype] = torch.empty(numel, dtype=dtype)
+        return held[:numel]
+
+
+def weighted_mean(tensors: list[torch.Tensor], weights: list[int], scratch: Scratch) -> torch.Tensor:
     """Σ wᵢ·tᵢ / Σ wᵢ in the order given (half precisions are summed in float32); the tensors stay as they are.
 
-    A single tensor is returned as it is, bit for bit. Weights that are all zero count equally.
+    A single tensor is returned as it is, bit for bit; a mean lies in ``scratch`` until the next one. Weights that are
+    all zero count equally.
     """
-    if len(tensors) == 1:
-        return tensors[0]
+    first, *others = tensors
+    if not others:
+        return first
     total = sum(weights)
     shares = [w / total for w in weights] if total else [1 / len(tensors)] * len(tensors)
-    dtype = tensors[0].dtype
-    mean = (tensors[0].float() if dtype in _HALF else tensors[0]) * shares[0]
-    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
-        mean.add_(tensor.to(mean.dtype), alpha=share)
-    return mean.to(dtype)
+    numel, half = first.numel(), first.dtype in _HALF
+    wide = torch.float32 if half else first.dtype
+    mean = scratch.take("mean", numel, wide)
+    torch.mul(scratch.take("term", numel, wide).copy_(first) if half else first, shares[0], out=mean)
+    for tensor, share in zip(others, shares[1:], strict=True):
+        mean.add_(scratch.take("term", numel, wide).copy_(tensor) if half else tensor, alpha=share)
+    return scratch.take("rounded", numel, first.dtype).copy_(mean) if half else mean

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import downpour.overlap
 from downpour.session import Session
+from downpour.trial import Trial
 from harness import CONTEXT, run_job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -69,3 +71,39 @@ def test_local_steps_and_sums_on_a_gpu() -> None:
 
     context = replace(CONTEXT, mode="async", n_push=5, n_fetch=10)
     assert run_job(body, context).results[0] == (20 // 5, 20 // 10)
+
+
+@pytest.mark.parametrize("change", ["nothing", "clipped", "past-autograd", "there-and-back"])
+def test_chunks_leave_during_backward_and_change_no_result(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    class Always(Trial):
+        on = property(lambda _: True, lambda _, __: None)  # type: ignore[assignment]
+
+    monkeypatch.setattr(downpour.overlap, "Trial", Always)
+
+    def body(session: Session) -> list[torch.Tensor]:
+        model = make_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        session.prepare(model, optimizer, [])
+        model.eval()
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(30):
+            optimizer.zero_grad()
+            x = torch.randn(64, 256, generator=generator, dtype=torch.float64).cuda()
+            model(x).square().mean().backward()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                if change == "past-autograd":
+                    parameter.grad.data.mul_(0.5)
+                elif change == "there-and-back":
+                    parameter.grad.mul_(2.0).mul_(0.5)
+            if change == "clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+        return [p.detach().cpu() for p in model.parameters()]
+
+    context = replace(CONTEXT, shards=2, chunk_bytes=100_000)
+    job = run_job(body, context)
+    overlapped: Any = job.results[0]
+    plain: Any = run_job(body, replace(context, overlap="off")).results[0]
+    assert all(torch.equal(a, b) for a, b in zip(overlapped, plain, strict=True))
+    assert sum(shard.report["staged"] for shard in job.training.shards.values()) > 0

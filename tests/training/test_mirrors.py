@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+import downpour.overlap
 import downpour.session
 from downpour import staging
+from downpour.model import describe
 from downpour.session import Session
 from downpour.space import FlatSpace
+from downpour.trial import Trial
+from downpour_common.layout import plan
 from harness import CONTEXT, run_job
 
 
@@ -31,6 +35,9 @@ class IdleStream:
 
     def synchronize(self) -> None:
         self.waits += 1
+
+    def query(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -77,3 +84,71 @@ def test_mirrors_carry_the_same_weights(
         patch.setattr(downpour.session, "staging_for", staging.HostStaging)
         plain: Any = run_job(body, context).results[0]
     assert all(torch.equal(a, b) for a, b in zip(with_mirrors, plain, strict=True))
+
+
+class Always(Trial):
+    """Never compares: it is on from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+
+    def ended(self, _now_s: float, _verdict: str) -> None:
+        """See :class:`Trial`."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("late", [False, True])
+def test_chunks_leave_during_backward_and_change_no_result(
+    mirrored: list[staging.CudaStaging], monkeypatch: pytest.MonkeyPatch, late: bool, dtype: torch.dtype
+) -> None:
+    """``late``: no copy is complete before backward is over."""
+    monkeypatch.setattr(downpour.overlap, "Trial", Always)
+    monkeypatch.setattr(IdleStream, "query", lambda _: not late)
+
+    def body(session: Session) -> list[torch.Tensor]:
+        model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 30), nn.Linear(30, 2)).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.01)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        session.prepare(model, optimizer, [])
+        for step in range(9):
+            optimizer.zero_grad()
+            model(torch.ones(4, 40, dtype=dtype)).square().mean().backward()
+            if step % 3 == 1:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            elif step % 3 == 2:
+                model[1].weight.grad.data[3, 4] *= -1  # type: ignore[union-attr, index]
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    context = replace(CONTEXT, shards=2, shared_memory=False)
+    job = run_job(body, context)
+    overlapped: Any = job.results[0]
+    plain: Any = run_job(body, replace(context, overlap="off")).results[0]
+    assert all(torch.equal(a, b) for a, b in zip(overlapped, plain, strict=True))
+    assert (sum(shard.report["staged"] for shard in job.training.shards.values()) > 0) != late
+    assert all(not s._prints and not s._coming for s in mirrored)
+
+
+def test_a_fingerprint_tells_small_changes(mirrored: list[staging.CudaStaging]) -> None:
+    model = nn.Linear(30, 30)
+    spec = describe(model, torch.optim.SGD(model.parameters(), lr=0.1), "local")
+    space = FlatSpace(plan(spec.spec, 1, 1024), spec.tensors, torch.device("cpu"))
+    mirror = staging.CudaStaging(space)
+    [chunk, *_] = space.layout.chunks
+    gradient = space.of(space.gradients, chunk)
+    gradient.copy_(torch.linspace(-1, 1, chunk.numel))
+    print_ = mirror._fingerprint(chunk).item()
+    for index, value in ((0, 1.0), (5, -0.0), (chunk.numel - 1, 1.0000001)):
+        before = gradient[index].item()
+        gradient[index] = value
+        assert mirror._fingerprint(chunk).item() != print_
+        gradient[index] = before
+    gradient[[2, 3]] = gradient[[3, 2]]
+    assert mirror._fingerprint(chunk).item() != print_
+    gradient[[2, 3]] = gradient[[3, 2]]
+    assert mirror._fingerprint(chunk).item() == print_
+    gradient.neg_()
+    assert mirror._fingerprint(chunk).item() != print_

@@ -371,4 +371,4 @@ def test_loading_weights_after_prepare_warns() -> None:
         session.prepare(model, SGD(model.parameters(), lr=0.1), [])
         model.load_state_dict(model.state_dict())
 
-    refused(body, UserWarning, "this worker's copy only")
+    refused(body, UserWarning, "does not set the job's weights")

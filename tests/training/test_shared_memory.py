@@ -66,6 +66,45 @@ def test_the_weights_are_the_same_bit_for_bit(workers: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(shared[slot][0], sent[slot][0], strict=True))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_what_a_sole_workers_script_writes_is_kept_in_place_and_replaced_otherwise(mode: str, in_place: bool) -> None:
+    def body(session: Session) -> list[float]:
+        model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(600))})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        session.prepare(model, optimizer, [])
+        weight = model["w"]
+        seen = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.sum().backward()
+            optimizer.step()
+            seen.append(weight[599].item())
+            weight.data.add_(100.0)
+        session.pull()
+        return [*seen, weight[0].item()]
+
+    context = replace(CONTEXT, mode=mode, shards=2, chunk_bytes=1024, in_place=in_place)
+    found = run_job(body, context).results[0]
+    assert found == ([-1.0, 98.0, 197.0, 297.0] if in_place else [-1.0, -2.0, -3.0, -3.0])
+
+
+@pytest.mark.parametrize("others", [{"n_fetch": 2}, {"n_push": 2}, {"n_push": 2, "n_fetch": 2}])
+def test_local_steps_never_reach_the_servers(others: dict[str, int]) -> None:
+    def body(session: Session) -> list[float]:
+        model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(6))})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        session.prepare(model, optimizer, [])
+        for _ in range(4):
+            optimizer.zero_grad()
+            model["w"].sum().backward()
+            optimizer.step()
+        session.pull()
+        return model["w"].tolist()
+
+    assert run_job(body, replace(CONTEXT, mode="async", **others)).results[0] == [-4.0] * 6  # type: ignore[arg-type]
+
+
 def test_a_shard_that_cannot_map_it_is_sent_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: Any = run_job(train, replace(CONTEXT, shards=2, shared_memory=False)).results[0]
     monkeypatch.setattr(downpour_server.service.sharing, "attach", lambda *_: None)
@@ -129,7 +168,7 @@ def test_a_push_from_memory_that_is_not_attached_is_refused() -> None:
     for chunk in LAYOUT.chunks:
         shard.handle(peer, m.Init(1, "job", 0, 0, chunk.index, bytes(chunk.nbytes)), 0.0)
     memory = memoryview(bytearray(SHARED.nbytes))
-    shard.attached(Attach(peer, m.AttachMemory(2, "job", 0, 4, 1, 1, bytes(16))), memory)
+    shard.attached(Attach(peer, m.AttachMemory(2, "job", 0, 4, 1, 1, bytes(16), False)), memory)
 
     def push(slot: int, worker_epoch: int, chunk: int, seq: int) -> m.Message:
         message = m.PushPullShared(9, "job", 0, slot, worker_epoch, seq, 0, chunk, 1, (), b"")

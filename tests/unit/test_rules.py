@@ -212,3 +212,37 @@ def test_options_of_schedulers_are_carried_along() -> None:
     rule = RULES["SGD"]({"lr": 0.1, "initial_lr": 0.1, "momentum": 0})
     rule.apply(weights, torch.ones(SIZE))
     torch.testing.assert_close(weights, start(torch.float32) - 0.1)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+)
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] in ("SGD", "Adam", "AdamW", "Adagrad")])
+def test_calling_a_kernel_directly_gives_what_the_optimizers_step_gives_bit_for_bit(
+    case: str, dtype: torch.dtype
+) -> None:
+    """With options that change on the way, also to such as need state that was not there before."""
+    name, options = CASES[case]
+    fused = not (name == "SGD" and dtype is torch.bfloat16)
+    weights, mine = torch.nn.Parameter(start(dtype)), start(dtype)
+    optimizer = getattr(torch.optim, name)([weights], **options, **({"fused": True} if fused else {}))
+    rule = RULES[name](travelled(options))
+    late: dict[int, dict[str, Any]] = {**CHANGES, 15: {"momentum": 0.8} if name == "SGD" else {"lr": 0.02}}
+    for step, gradient in enumerate(gradients(dtype)):
+        if step in late:
+            optimizer.param_groups[0].update(late[step])
+            rule.set_options(travelled(late[step]))
+        weights.grad = gradient.clone()
+        optimizer.step()
+        rule.apply(mine, gradient)
+        assert torch.equal(mine, weights.detach()), step
+    assert torch.equal(gradient, gradients(dtype)[-1]), "gradients stay as they are"
+
+
+def test_an_option_that_needs_more_state_is_refused_as_torch_refuses_it() -> None:
+    rule, weights = RULES["Adam"]({"lr": 0.1}), start(torch.float32)
+    for _ in range(2):
+        rule.apply(weights, torch.ones(SIZE))
+    rule.set_options({"amsgrad": True})
+    with pytest.raises(KeyError, match="max_exp_avg_sq"):
+        rule.apply(weights, torch.ones(SIZE))

@@ -39,6 +39,12 @@ class WorkerContext:
     keys: dict[str, Any] | None = None
     """``coordinator``: its public key; ``job``: [public, secret] of the job; ``shards``: the public key of its shards.
     None: no encryption, and nobody proves who it is"""
+    overlap: Literal["auto", "off"] = "auto"
+    """``auto``: where gradients are sent, they leave while backward computes others"""
+    fetch_ahead: bool = False
+    """the answer to a push is fetched while the next step computes"""
+    in_place: bool = True
+    """with ``shared_memory``: the servers may keep their weights in this worker's memory while it is the only one"""
 
     @property
     def parsed_mode(self) -> Mode:

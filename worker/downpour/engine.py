@@ -17,6 +17,7 @@ import torch
 from downpour.client.core import Ticket
 from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.model import options_of
+from downpour.overlap import Overlap
 from downpour.space import FlatSpace
 from downpour.staging import Staging
 from downpour_common import messages as m
@@ -66,9 +67,25 @@ class Engine:
         self._samples = 0
         self._chunks = space.layout.by_kind["trainable"]
         self._first_needed_first = tuple(reversed(self._chunks))
+        self._overlap: Overlap | None = None
+        self._ahead = False
+        self._under_way: Ticket | None = None
+        """with :meth:`fetch_ahead`: the push-pull of the step before"""
         self._accrued: dict[int, torch.Tensor] | None = None
         if self._n_push > 1:
             self._accrued = {i: torch.zeros_like(g) for i, g in space.gradients.items()}
+
+    def overlap(self) -> None:
+        """From now on send chunks while backward computes others, where that is of use."""
+        pushes_all = (self._n_push, self._n_fetch) == (1, 1)
+        if pushes_all and self._overlap is None and any(self._client.sends(chunk) for chunk in self._chunks):
+            self._overlap = Overlap(self._space, self._staging, self._client)
+
+    def fetch_ahead(self) -> None:
+        """From now on the answer to a step's push-pull is awaited in the next step, which so computes on the weights of
+        the step before (Dean et al. 2012, algorithm 7.1, fetches while it computes). ``staging`` must have mirrors."""
+        self._ahead = True
+        self._client.compute_on(self._client.fetched())
 
     def add_samples(self, count: int) -> None:
         """The gradient at hand comes from ``count`` more samples."""
@@ -78,7 +95,9 @@ class Engine:
     def step(self, local_step: Callable[[], None]) -> None:
         """Complete one step; see the module."""
         self._space.gather_gradients()
-        if (self._n_push, self._n_fetch) == (1, 1):
+        if self._ahead:
+            self._push_pull_ahead()
+        elif (self._n_push, self._n_fetch) == (1, 1):
             self._push_pull(self._space.gradients)
         else:
             self._downpour(local_step)
@@ -86,11 +105,16 @@ class Engine:
 
     def zero_gradients(self) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
+        if self._overlap is not None:
+            self._overlap.forget()
         self._space.zero_gradients()
 
     def push(self, samples: int) -> None:
         """Push the gradients at hand as one contribution, without a fetch or a local step."""
         self._space.gather_gradients()
+        if self._overlap is not None:
+            self._overlap.forget()
+        self._land()
         self._samples = samples
         self.counters.samples += samples
         self._push(self._space.gradients)
@@ -98,15 +122,21 @@ class Engine:
 
     def flush(self) -> None:
         """Push what has accrued since the last push, at the end of training."""
+        if self._overlap is not None:
+            self._overlap.close()
+        self._land()
         if self._accrued is not None and (self.counters.clock - self._first_clock) % self._n_push:
             self._push(self._accrued)
 
     def pull(self) -> None:
         """Fetch the newest weights now."""
+        self._land()
         started_s = time.perf_counter()
         self.counters.pulls += 1
-        ticket = self._client.start_pull(self._first_needed_first)
+        ticket = self._client.start_pull(self._first_needed_first, self._staging.mirrors)
         self._place(ticket, len(self._chunks))
+        if self._ahead:
+            self._client.compute_on(self._client.fetched())
         self.counters.wait_s += time.perf_counter() - started_s
 
     def _downpour(self, local_step: Callable[[], None]) -> None:
@@ -135,11 +165,36 @@ class Engine:
         header = self._header()
         self.counters.pushes += 1
         self.counters.pulls += 1
-        ticket = self._client.begin_push_pull(len(self._chunks))
-        for ready in self._staging.outgoing(self._chunks, source):
+        ticket = self._client.begin_push_pull(len(self._chunks), self._staging.mirrors)
+        current = frozenset() if self._overlap is None else self._overlap.settle()
+        # In one order for all workers: answers may wait for the others', and hold the credit of what comes later.
+        for ready in self._staging.outgoing(self._first_needed_first, source, current):
             self._client.add_push_pull(ready, header, ticket)
         self._place(ticket, len(self._chunks))
+        if self._overlap is not None:
+            self._overlap.judge(time.perf_counter())
         self.counters.wait_s += time.perf_counter() - started_s
+
+    def _push_pull_ahead(self) -> None:
+        started_s = time.perf_counter()
+        header = self._header()
+        landed = self._land()
+        self.counters.pushes += 1
+        self.counters.pulls += 1
+        self._under_way = self._client.begin_push_pull(len(self._chunks), self._staging.mirrors)
+        for ready in self._staging.outgoing(self._first_needed_first, self._space.gradients):
+            self._client.add_push_pull(ready, header, self._under_way)
+        if landed is not None:
+            self._client.compute_on(landed)
+        self.counters.wait_s += time.perf_counter() - started_s
+
+    def _land(self) -> list[int] | None:
+        """Wait for the push-pull that is under way, and bring its answer into the model; its versions."""
+        ticket, self._under_way = self._under_way, None
+        if ticket is None:
+            return None
+        self._place(ticket, len(self._chunks), self.counters.clock - 1)
+        return self._client.fetched()
 
     def _push(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
@@ -151,19 +206,19 @@ class Engine:
             raise self._named(error) from None
         self.counters.wait_s += time.perf_counter() - started_s
 
-    def _place(self, ticket: Ticket, count: int) -> None:
-        """Bring answers to the device as they come, then wait for the last."""
+    def _place(self, ticket: Ticket, count: int, clock: int | None = None) -> None:
+        """Bring answers to the device as they come, then wait for the last. ``clock``: of the step, if not this one."""
         if self._staging.mirrors:
             for _ in range(count):
-                answer = ticket.answers.get()
+                answer = ticket.answer()
                 if answer is None:
                     break
-                assert isinstance(answer, m.Weights)
+                assert isinstance(answer, (m.Weights, m.WeightsShared))
                 self._staging.arrived(self._space.layout.chunks[answer.chunk])
         try:
             ticket.wait()
         except NonFiniteContribution as error:
-            raise self._named(error) from None
+            raise self._named(error, clock) from None
         self._staging.settle()
 
     def _header(self) -> PushHeader:
@@ -173,10 +228,11 @@ class Engine:
         self._samples = 0
         return header
 
-    def _named(self, error: NonFiniteContribution) -> NonFiniteContribution:
+    def _named(self, error: NonFiniteContribution, clock: int | None = None) -> NonFiniteContribution:
         name = self._space.name_non_finite()
+        step = self.counters.clock if clock is None else clock
         return NonFiniteContribution(
-            f"step {self.counters.clock}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
+            f"step {step}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
             "refused it. Lower the learning rate, clip gradients (torch.nn.utils.clip_grad_norm_), or check the "
             f"input data. [{error}]"
         )

@@ -24,6 +24,7 @@ from downpour.drain import EXIT_CODE, Drain
 from downpour.engine import Counters, Engine
 from downpour.exchange import StateExchange
 from downpour.files import save_state_dict
+from downpour.mirror import MirrorStaging
 from downpour.model import Described, describe
 from downpour.optimizer import adopt
 from downpour.space import FlatSpace
@@ -110,13 +111,17 @@ class Session:
         # Accrued gradients and GPU mirrors lie elsewhere; there, payloads are sent.
         shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1
         offered = sharing.offer(SharedLayout(layout)) if shareable else None
-        space = FlatSpace(layout, described.tensors, described.device, offered.view if offered else None)
-        staging = staging_for(space)
+        memory = offered.view if offered else None
+        mirrored = c.fetch_ahead and described.device.type == "cpu"
+        space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory)
+        staging = MirrorStaging(space, memory) if mirrored else staging_for(space)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
         self._exchange = StateExchange(c, space, staging, self._client, lambda: self.is_chief)
         first_seq = self._exchange.start(welcome.restored)
         if offered is not None:
-            self._client.share(offered)
+            # Local steps between two fetches are this worker's own.
+            in_place = c.in_place and not c.fetch_ahead and (c.mode != "async" or c.n_fetch == 1)
+            self._client.share(offered, in_place)
         if optimizer is not None:
             self._engine = Engine(
                 space,
@@ -128,6 +133,10 @@ class Session:
                 first_seq,
                 lambda: self._position,
             )
+            if c.fetch_ahead:
+                self._engine.fetch_ahead()
+            elif c.overlap == "auto":
+                self._engine.overlap()
             adopt(optimizer, self)
 
     def _seed_apart(self) -> None:
@@ -345,7 +354,8 @@ class Session:
 
 def _warn_of_loading(_module: nn.Module, _keys: object) -> None:
     warnings.warn(
-        "load_state_dict after downpour.prepare changes this worker's copy only; the servers' weights replace it at "
-        "the next step or pull. Load before prepare, or go on from a run with downpour run --resume DIR",
+        "load_state_dict after downpour.prepare does not set the job's weights: the servers' replace it at the next "
+        "step or pull, or, with a single worker, are overwritten by it at once (in_place, see CONSISTENCY.md). Load "
+        "before prepare, or go on from a run with downpour run --resume DIR",
         stacklevel=3,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -30,6 +31,9 @@ class FlatSpace:
         self.weights: dict[int, torch.Tensor] = {}
         self.gradients: dict[int, torch.Tensor] = {}
         self._tensors = tensors
+        self.watched: list[tuple[torch.nn.Parameter, torch.Tensor, tuple[Chunk, ...]]] = []
+        """each trainable parameter, the view of its gradient, and the chunks that it lies in"""
+        self._chunks: dict[int, list[Chunk]] = {}
         self._views: list[tuple[str, torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         shared = SharedLayout(layout)
         frozen = [t.name for t in layout.model.tensors if t.kind == "frozen"]
@@ -42,8 +46,8 @@ class FlatSpace:
                     self.gradients[segment.index] = torch.zeros(segment.numel, dtype=dtype, device=device)
                 else:
                     at, gradients_at = shared.weights_at(segment.index), shared.gradients_at(segment.index)
-                    self.weights[segment.index] = _part(memory, at, segment.numel, dtype)
-                    self.gradients[segment.index] = _part(memory, gradients_at, segment.numel, dtype)
+                    self.weights[segment.index] = part_of(memory, at, segment.numel, dtype)
+                    self.gradients[segment.index] = part_of(memory, gradients_at, segment.numel, dtype)
                 for piece in segment.pieces:
                     name = layout.model.tensors[piece.tensor].name
                     self._adopt(name, segment.index, piece.start, piece.stop)
@@ -60,6 +64,12 @@ class FlatSpace:
         parameter.data = weight
         parameter.grad = gradient
         self._views.append((name, parameter, weight, gradient))
+        chunks = self._chunks.get(segment)
+        if chunks is None:
+            chunks = self._chunks[segment] = [c for c in self.layout.chunks if c.segment == segment]
+        first = bisect_right(chunks, start, key=lambda c: c.start) - 1
+        after = bisect_left(chunks, stop, key=lambda c: c.start)
+        self.watched.append((parameter, gradient, tuple(chunks[first:after])))
 
     def gather_gradients(self) -> None:
         """Bring every gradient into the flat tensors; one that is missing counts as zero.
@@ -121,5 +131,6 @@ class FlatSpace:
         return flats[chunk.segment][chunk.start : chunk.stop]
 
 
-def _part(memory: memoryview, at: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+def part_of(memory: memoryview, at: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor of ``numel`` elements over ``memory``, from byte ``at`` on."""
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=at)

@@ -27,6 +27,7 @@ class Refusal(StrEnum):
     TIMED_OUT = "timed-out"
     CHECKPOINT = "checkpoint"
     NOT_SHARED = "not-shared"
+    NOT_STAGED = "not-staged"
     FORBIDDEN = "forbidden"
     UNKNOWN = "unknown"
     UNUSABLE = "unusable"

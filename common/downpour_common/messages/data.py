@@ -40,7 +40,7 @@ class Init(Request):
 
 @dataclass(frozen=True, slots=True)
 class Contribution(Request):
-    """What one worker adds to one chunk: base of :class:`Push`, :class:`PushPull` and :class:`PushPullShared`."""
+    """What one worker adds to one chunk: base of :class:`Push`, :class:`PushPull` and its variants without payload."""
 
     job: str
     shard_epoch: int
@@ -79,7 +79,8 @@ class PushPull(Contribution):
 
 @dataclass(frozen=True, slots=True)
 class Pull(Request):
-    """Fetch the newest weights of a chunk, once it is initialised. Answered by :class:`Weights`."""
+    """Fetch the newest weights of a chunk, once it is initialised. Answered by :class:`Weights`, or
+    :class:`WeightsShared` (see :class:`AttachMemory`)."""
 
     TAG = 5
     job: str
@@ -123,6 +124,9 @@ class AttachMemory(Request):
     pid: int
     fd: int
     nonce: bytes
+    in_place: bool
+    """the shard may keep its weights there while this worker is the only one. The worker has no Pull open then, and
+    its later Pulls of trainable chunks are answered by :class:`WeightsShared`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,37 @@ class PushPullShared(Contribution):
     """
 
     TAG = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Stage(Request):
+    """The payload of a push-pull that may follow, ahead of it. It changes nothing yet. Answered by :class:`Staged`.
+
+    The payload's memory may change before the answer: what the shard holds is then any mixture of old and new. A newer
+    one for the chunk, or any contribution of this worker to it, takes its place.
+    """
+
+    TAG = 10
+    job: str
+    slot: int
+    worker_epoch: int
+    chunk: int
+    payload: Buffer
+    """chunk.nbytes bytes of chunk.dtype"""
+
+
+@dataclass(frozen=True, slots=True)
+class PushPullStaged(Contribution):
+    """As :class:`PushPull`, with the payload of an earlier :class:`Stage`.
+
+    Refused with ``not-staged``, and nothing recorded, if the shard does not hold exactly that.
+    """
+
+    TAG = 11
+    stage: int
+    """request number of the :class:`Stage`"""
+    digest: bytes
+    """of the payload meant, as in :class:`Staged`; empty where its memory cannot have changed under way"""
 
 
 # ---------------------------------------------------------------- shard → worker
@@ -167,3 +202,12 @@ class WeightsShared(Request):
     TAG = 20
     chunk: int
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged(Request):
+    """The shard holds the payload of a :class:`Stage`."""
+
+    TAG = 21
+    digest: bytes
+    """64-bit XXH3 of the payload as it came, most significant byte first"""

@@ -15,6 +15,7 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
+from downpour_server.rules.kernels import Update, update_of
 
 _FULL = frozenset({torch.float32, torch.float64})
 _FULL_AND_HALF = _FULL | {torch.float16, torch.bfloat16}
@@ -31,6 +32,7 @@ class TorchRule:
         self._options = _usable(options)
         self._weights: torch.nn.Parameter | None = None
         self._optimizer: Optimizer | None = None
+        self._update: Update | None = None
 
     def _bound_to(self, weights: torch.Tensor) -> tuple[torch.nn.Parameter, Optimizer]:
         if self._weights is None or self._optimizer is None:
@@ -48,16 +50,21 @@ class TorchRule:
     def set_options(self, options: Mapping[str, Any]) -> None:
         """See :class:`downpour_server.rules.Rule`."""
         self._options.update(_usable(options))
-        if self._optimizer is not None:
+        if self._optimizer is not None and self._weights is not None:
             self._optimizer.param_groups[0].update(self._options)
+            self._update = update_of(self._optimizer, self._weights)
 
     def apply(self, weights: torch.Tensor, gradient: torch.Tensor) -> None:
         """See :class:`downpour_server.rules.Rule`."""
         parameter, optimizer = self._bound_to(weights)
+        if self._update is not None:
+            self._update(weights, gradient)
+            return
         parameter.grad = gradient
         with torch.no_grad():
             self._step(optimizer)
         parameter.grad = None
+        self._update = update_of(optimizer, parameter)
 
     def state(self) -> dict[str, torch.Tensor | float]:
         """See :class:`downpour_server.rules.Rule`."""
@@ -74,8 +81,7 @@ class TorchRule:
     def load_state(self, weights: torch.Tensor, state: Mapping[str, torch.Tensor | float]) -> None:
         """See :class:`downpour_server.rules.Rule`."""
         parameter, optimizer = self._bound_to(weights)
-        if not state:
-            return
+        self._update = None
         for name, value in state.items():
             as_tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)
             optimizer.state[parameter][name] = as_tensor

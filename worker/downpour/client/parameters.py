@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from downpour.client.ahead import Ahead
 from downpour.client.core import OnAnswer, Submission, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
@@ -25,6 +27,9 @@ class Memory(Protocol):
 
     def gradient(self, chunk: Chunk) -> memoryview:
         """What a push of the chunk sends; unchanged until the push is answered."""
+
+    def digest(self, chunk: Chunk) -> bytes:
+        """The digest of :meth:`gradient`; empty where what was sent of it before cannot have changed since."""
 
 
 @dataclass(slots=True)
@@ -62,6 +67,7 @@ class ParameterClient:
         memory: Memory,
     ) -> None:
         self.traffic = Traffic()
+        self.ahead = Ahead()
         self._thread = thread
         self._context = context
         self._layout = layout
@@ -69,7 +75,7 @@ class ParameterClient:
         self._memory = memory
         self._epochs = [0] * len(shards)
         self._attached = [False] * len(shards)
-        self._versions = [0] * len(layout.chunks)
+        self._versions = self._base = [0] * len(layout.chunks)
         self._bounded = context.parsed_mode.name == "ssp"
         self._first_seq = 0
         self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
@@ -98,15 +104,16 @@ class ParameterClient:
         self._first_seq = max(first)
         return self._first_seq
 
-    def share(self, offered: OfferedMemory) -> None:
+    def share(self, offered: OfferedMemory, in_place: bool) -> None:
         """Offer the shards this worker's memory; from then on, push-pulls of its gradients send headers only.
 
+        ``in_place``: the shards may keep their weights in it while there is no other worker; no pull may be open then.
         A shard that cannot map it is served as before.
         """
         c = self._context
         for index, address in enumerate(self._shards):
             attach = m.AttachMemory(
-                self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), offered.fd, offered.nonce
+                self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), offered.fd, offered.nonce, in_place
             )
             try:
                 self._thread.ask(address, attach, "shared memory to be mapped", self._timeout_s)
@@ -144,11 +151,11 @@ class ParameterClient:
         """Fetch the newest weights into memory; waits for the first ones if need be."""
         self.start_pull(chunks).wait()
 
-    def start_pull(self, chunks: Iterable[Chunk]) -> Ticket:
-        """As :meth:`pull`, without waiting; the ticket's answers are the chunks' :class:`Weights`."""
+    def start_pull(self, chunks: Iterable[Chunk], piecewise: bool = False) -> Ticket:
+        """As :meth:`pull`, without waiting; ``piecewise``: the ticket's answers are the chunks' :class:`Weights`."""
         c = self._context
         chunks = list(chunks)
-        ticket = Ticket(len(chunks), self._take_weights)
+        ticket = Ticket(len(chunks), self._take_weights, piecewise)
         self._thread.submit(
             [
                 self._submission(
@@ -174,9 +181,37 @@ class ParameterClient:
         )
         ticket.wait()
 
-    def begin_push_pull(self, count: int) -> Ticket:
-        """A ticket for ``count`` chunks that are pushed and fetched with :meth:`add_push_pull`, some at a time."""
-        return Ticket(count, self._take_weights)
+    def fetched(self) -> list[int]:
+        """The versions of the weights that have been fetched last, by chunk."""
+        return list(self._versions)
+
+    def compute_on(self, versions: list[int]) -> None:
+        """What is pushed from now on was computed on these versions, by chunk; until then, on those fetched last."""
+        self._base = versions
+
+    def sends(self, chunk: Chunk) -> bool:
+        """Whether the chunk's contributions travel as payloads."""
+        return not self._attached[chunk.shard]
+
+    def stage(self, chunks: Iterable[Chunk]) -> None:
+        """Send chunks' gradients ahead of the push-pull that is to come. Their memory may change meanwhile."""
+        c = self._context
+        submissions = []
+        for chunk in chunks:
+            number, answer = self._thread.number(), Ticket(1)
+            stage = m.Stage(number, c.job, c.slot, c.worker_epoch, chunk.index, self._memory.gradient(chunk))
+            self.traffic.bytes_sent += chunk.nbytes
+            self.ahead.note(chunk.index, number, answer)
+            submissions.append(self._submission(chunk, stage, answer, f"chunk {chunk.index} to be kept"))
+        if submissions:
+            self._thread.submit(submissions)
+
+    def begin_push_pull(self, count: int, piecewise: bool = False) -> Ticket:
+        """A ticket for ``count`` chunks that are pushed and fetched with :meth:`add_push_pull`, some at a time.
+
+        ``piecewise`` as in :meth:`start_pull`.
+        """
+        return Ticket(count, self._take_weights, piecewise)
 
     def add_push_pull(self, chunks: Iterable[Chunk], header: PushHeader, ticket: Ticket) -> None:
         """Send chunks' contributions; their new weights come with the answers."""
@@ -211,7 +246,20 @@ class ParameterClient:
         head = self._head(chunk, header)
         if self._attached[chunk.shard]:
             return self._contribution(chunk, m.PushPullShared(*head), ticket)
+        if self.ahead.holds(chunk.index):
+            digest = self._memory.digest(chunk)
+            stage = self.ahead.take(chunk.index, digest)
+            if stage >= 0:
+                submission = self._contribution(chunk, m.PushPullStaged(*head, stage, digest), ticket)
+                submission.instead = partial(self._not_staged, chunk, header)
+                return submission
         return self._contribution(chunk, m.PushPull(*head, self._memory.gradient(chunk)), ticket)
+
+    def _not_staged(self, chunk: Chunk, header: PushHeader) -> m.PushPull:
+        """While answers are received: what is sent in place of a push-pull whose payload the shard does not hold."""
+        self.ahead.refused()
+        self.traffic.bytes_sent += chunk.nbytes
+        return m.PushPull(*self._head(chunk, header), self._memory.gradient(chunk))
 
     def _head(
         self, chunk: Chunk, header: PushHeader
@@ -225,7 +273,7 @@ class ParameterClient:
             c.slot,
             c.worker_epoch,
             header.seq,
-            self._versions[chunk.index],
+            self._base[chunk.index],
             chunk.index,
             header.samples,
             header.position,
@@ -233,7 +281,8 @@ class ParameterClient:
         )
 
     def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
-        self.traffic.bytes_sent += chunk.nbytes
+        if not isinstance(message, m.PushPullStaged):
+            self.traffic.bytes_sent += chunk.nbytes
         awaited = f"answer to push {message.seq} of chunk {chunk.index}"
         # The first one must not wait for credit in ssp, see downpour_server.policy.stale.
         free = self._bounded and message.seq == self._first_seq
