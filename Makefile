@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fast lint bench clean
+.PHONY: help run test fast lint bench bench-full clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,9 +29,15 @@ lint: $(VENV)/.done ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.done ## push and pull of 100 MB beside limits and peers; the control plane
-	$(BIN)/python benchmarks/pushpull.py
-	$(BIN)/python benchmarks/control_plane.py
+$(VENV)/.bench: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench ## all benchmarks, quick: about 6 minutes
+	$(BIN)/python benchmarks/suite.py --quick
+
+bench-full: $(VENV)/.bench ## all benchmarks, into benchmarks/results/; then the README's tables and the plots
+	$(BIN)/python benchmarks/suite.py
 
 clean: ## remove what set-up and runs made
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from functools import partial
 
+from bench_lib.arguments import at_least_one, at_least_zero, writable
 from bench_lib.contender import Entry, Spec
 from bench_lib.contenders import registry
 
@@ -36,7 +37,8 @@ def _measure(entries: list[Entry], options: argparse.Namespace) -> int:
     spec = Spec.of_mb(options.mb)
     facts = machine.look()
     try:
-        outcome = Runner(entries, spec, report.say).run(options.runs, options.warmup)
+        builders = {entry.name: partial(entry.build, entry.name, spec) for entry in entries}
+        outcome = Runner(builders, report.say).run(options.runs, options.warmup)
     except KeyboardInterrupt:
         report.say("interrupted; everything that was started has ended")
         return 130
@@ -53,11 +55,11 @@ def _parse(arguments: list[str] | None, names: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--mb", type=_at_least_one, default=100, help="payload one way, in 10^6 bytes (default 100)")
-    add("--runs", type=_at_least_one, default=7, help="timed runs per contender (default 7)")
-    add("--warmup", type=_at_least_zero, default=2, help="runs before those, not counted (default 2)")
+    add("--mb", type=at_least_one, default=100, help="payload one way, in 10^6 bytes (default 100)")
+    add("--runs", type=at_least_one, default=7, help="timed runs per contender (default 7)")
+    add("--warmup", type=at_least_zero, default=2, help="runs before those, not counted (default 2)")
     add("--only", nargs="+", metavar="NAME", choices=names, help="only these contenders (see --list)")
-    add("--json", type=_writable, metavar="FILE", help="also write all samples, medians and ratios here")
+    add("--json", type=writable, metavar="FILE", help="also write all samples, medians and ratios here")
     add("--list", action="store_true", help="list the contenders and stop")
     return parser.parse_args(arguments)
 
@@ -65,26 +67,6 @@ def _parse(arguments: list[str] | None, names: list[str]) -> argparse.Namespace:
 def _list(entries: list[Entry]) -> None:
     for entry in entries:
         print(f"{entry.name:<16}{entry.group:<7}counts {entry.counted_what}")
-
-
-def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _at_least_zero(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return number
-
-
-def _writable(text: str) -> Path:
-    """Found out now rather than after minutes of measuring."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder, or its folder does not exist")
-    return path
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ class ContenderError(Exception):
     """A contender could not start, failed in a run, or did not answer in time; the message says which."""
 
 
+class UnavailableError(ContenderError):
+    """A contender needs what is not installed; the message says what, and how to get it."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What every contender is asked to do."""

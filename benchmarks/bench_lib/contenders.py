@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from bench_lib.contender import Contender, Entry, Spec
-
-if TYPE_CHECKING:
-    from bench_lib.ours import Way
+from bench_lib.contender import MB, Contender, Entry, Spec
 
 REFERENCE = "zmq-ipc"  # what goodputs are compared with
 
 COPY = "1x copy"
 TWO_COPIES = "2x copies"
 ONE_WAY = "1x one way"
+BOTH_WAYS = "2x there+back"
 STEP = "1x gradient"
 PUSH_PULL = "2x push+pull"
 ALL_REDUCE = "2x send+recv"
@@ -26,14 +22,20 @@ def registry() -> list[Entry]:
         Entry("memcpy-x2", "limit", 2, TWO_COPIES, lambda name, spec: _memcpy(name, spec, copies=2)),
         Entry(REFERENCE, "limit", 1, ONE_WAY, _zmq_ipc),
         Entry("zmq-tcp", "limit", 1, ONE_WAY, _zmq_tcp),
+        Entry("zmq-tcp-echo", "limit", 2, BOTH_WAYS, _zmq_tcp_echo),
         Entry("sgd-fused", "limit", 1, STEP, _sgd),
         Entry("adam-fused", "limit", 1, STEP, _adam),
         Entry("torch-rpc-ps", "peer", 2, PUSH_PULL, _torch_rpc),
         Entry("gloo-allreduce", "peer", 2, ALL_REDUCE, _gloo),
-        Entry("downpour", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "memory")),
-        Entry("downpour-ipc", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "ipc")),
-        Entry("downpour-tcp", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "tcp")),
-        Entry("downpour-curve", "ours", 2, PUSH_PULL, lambda name, spec: _ours(name, spec, "curve")),
+        Entry("ray-ps", "peer", 2, PUSH_PULL, _ray),
+        _ours("downpour"),
+        _ours("downpour-auto", "--threads", "auto"),  # the default: shards use the cores that wait
+        _ours("downpour-2s", "-s", "2"),
+        _ours("downpour-copied", "--set", "in_place=false"),
+        _ours("downpour-ipc", "--set", "shared_memory=false"),
+        _ours("downpour-tcp", "--set", "transport=tcp"),
+        _ours("downpour-tcp-2s", "--set", "transport=tcp", "-s", "2"),
+        Entry("downpour-curve", "ours", 2, PUSH_PULL, _curve),
     ]
 
 
@@ -67,10 +69,22 @@ def _zmq_tcp(name: str, spec: Spec) -> Contender:
     return StreamContender(name, spec, "tcp")
 
 
+def _zmq_tcp_echo(name: str, spec: Spec) -> Contender:
+    from bench_lib.streams import EchoContender
+
+    return EchoContender(name, spec, "tcp")
+
+
 def _torch_rpc(name: str, spec: Spec) -> Contender:
     from bench_lib.peer_rpc import RpcContender
 
     return RpcContender(name, spec)
+
+
+def _ray(name: str, spec: Spec) -> Contender:
+    from bench_lib.peer_ray import RayContender
+
+    return RayContender(name, spec)
 
 
 def _gloo(name: str, spec: Spec) -> Contender:
@@ -79,7 +93,18 @@ def _gloo(name: str, spec: Spec) -> Contender:
     return GlooContender(name, spec)
 
 
-def _ours(name: str, spec: Spec, way: Way) -> Contender:
-    from bench_lib.ours import DownpourContender
+def _ours(name: str, *options: str) -> Entry:
+    """A job under ``downpour run`` with these options; one thread per process, as everyone here."""
 
-    return DownpourContender(name, spec, way)
+    def build(name: str, spec: Spec) -> Contender:
+        from bench_lib.local_job import PushPullJob
+
+        return PushPullJob(name, spec.payload_bytes // MB, spec.timeout_s, ["--threads", "1", *options])
+
+    return Entry(name, "ours", 2, PUSH_PULL, build)
+
+
+def _curve(name: str, spec: Spec) -> Contender:
+    from bench_lib.ours import CurveContender
+
+    return CurveContender(name, spec)

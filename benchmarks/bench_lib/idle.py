@@ -19,20 +19,25 @@ def descendants_load(watch_s: float) -> float:
     return ticks / os.sysconf("SC_CLK_TCK") / watch_s
 
 
-def _ticks_of_descendants() -> dict[int, int]:
-    """Processor time in clock ticks, by process id."""
+def descendants(pid: int) -> dict[int, list[str]]:
+    """The processes below one, with the fields of their ``stat`` that follow the name."""
     stats = {int(entry.name): _stat(entry) for entry in PROC.iterdir() if entry.name.isdigit()}
-    known = {os.getpid()}
-    found: dict[int, int] = {}
+    known = {pid}
+    found: dict[int, list[str]] = {}
     grown = True
     while grown:
         grown = False
-        for pid, fields in stats.items():
-            if fields and pid not in found and int(fields[PPID]) in known:
-                known.add(pid)
-                found[pid] = int(fields[UTIME]) + int(fields[STIME])
+        for each, fields in stats.items():
+            if fields and each not in found and int(fields[PPID]) in known:
+                known.add(each)
+                found[each] = fields
                 grown = True
     return found
+
+
+def _ticks_of_descendants() -> dict[int, int]:
+    """Processor time in clock ticks, by process id."""
+    return {pid: int(fields[UTIME]) + int(fields[STIME]) for pid, fields in descendants(os.getpid()).items()}
 
 
 def _stat(entry: Path) -> list[str]:

@@ -1,4 +1,6 @@
-"""Downpour itself: one worker pushes the payload to one shard, which applies SGD, and gets the weights back.
+"""Downpour with CURVE: one worker pushes the payload to one shard, which applies SGD, and gets the weights back.
+
+``downpour run`` does not encrypt, a cluster would; so the processes are made here.
 
 The same code as in a job: a session with its I/O thread, the shard's service, the coordinator. A run is one
 ``optimizer.step()``: it returns when every chunk's new weights are in the model's own memory.
@@ -6,14 +8,11 @@ The same code as in a job: a session with its I/O thread, the shard's service, t
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -36,12 +35,9 @@ from downpour_server.service import ShardService, use_this_process
 
 JOB = "bench"
 MODE = "async"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 LR = 1e-3
-
-
-Way = Literal["memory", "ipc", "tcp", "curve"]
-"""How the payloads go: shared memory with headers over ipc, or in frames over ipc, TCP, or TCP with CURVE."""
+ENDPOINT = "tcp://127.0.0.1:0"
 
 
 @dataclass(frozen=True)
@@ -53,24 +49,21 @@ class Keys:
     worker: KeyPair
 
 
-class DownpourContender:
-    """Three processes: coordinator, shard, worker; over ``ipc://`` as ``downpour run`` does, or over loopback TCP."""
+class CurveContender:
+    """Three processes: coordinator, shard, worker; over loopback TCP with CURVE."""
 
-    def __init__(self, name: str, spec: Spec, way: Way) -> None:
+    def __init__(self, name: str, spec: Spec) -> None:
         self.name = name
         self._spec = spec
-        self._way = way
         self._crew = Crew(name, spec.timeout_s)
-        self._folder = tempfile.TemporaryDirectory(prefix="downpour-bench-")
 
     def start(self) -> None:
         timeout_s = self._spec.timeout_s
-        keys = Keys(new_key_pair(), new_key_pair(), new_key_pair()) if self._way == "curve" else None
-        self._crew.spawn("coordinator", coordinator, self._endpoint("coordinator"), keys)
+        keys = Keys(new_key_pair(), new_key_pair(), new_key_pair())
+        self._crew.spawn("coordinator", coordinator, keys)
         address = self._crew.hear("coordinator")
-        self._crew.spawn("shard", shard, self._endpoint("shard"), address, timeout_s, keys)
-        shared = self._way == "memory"
-        self._crew.spawn("worker", worker, address, self._spec.floats, timeout_s, shared, keys)
+        self._crew.spawn("shard", shard, address, timeout_s, keys)
+        self._crew.spawn("worker", worker, address, self._spec.floats, timeout_s, keys)
         self._crew.await_ready()
 
     def run_once(self) -> float:
@@ -78,20 +71,13 @@ class DownpourContender:
 
     def close(self) -> None:
         self._crew.close()
-        self._folder.cleanup()
-
-    def _endpoint(self, name: str) -> str:
-        if self._way in ("tcp", "curve"):
-            return "tcp://127.0.0.1:0"
-        return f"ipc://{os.path.join(self._folder.name, name)}"
 
 
 @contextmanager
-def coordinator(tell: Tell, endpoint: str, keys: Keys | None) -> Iterator[RunOnce]:
+def coordinator(tell: Tell, keys: Keys) -> Iterator[RunOnce]:
     """The control plane, idle while runs are timed; tells its address."""
-    allowed = {} if keys is None else {keys.shard.public: "server", keys.worker.public: "worker"}
-    accepted = None if keys is None else ServerKeys(keys.coordinator, allowed)
-    transport = ZmqServer(endpoint, wire.CONTROL_HEADER_LIMIT, accepted)
+    accepted = ServerKeys(keys.coordinator, {keys.shard.public: "server", keys.worker.public: "worker"})
+    transport = ZmqServer(ENDPOINT, wire.CONTROL_HEADER_LIMIT, accepted)
     tell(transport.address)
     facts = JobFacts(JOB, 1, 1, parse_mode(MODE), 0, CHUNK_BYTES)
     training = Training(facts)
@@ -119,7 +105,7 @@ def coordinator(tell: Tell, endpoint: str, keys: Keys | None) -> Iterator[RunOnc
 
 
 @contextmanager
-def shard(_tell: Tell, endpoint: str, coordinator_at: str, timeout_s: float, keys: Keys | None) -> Iterator[RunOnce]:
+def shard(_tell: Tell, coordinator_at: str, timeout_s: float, keys: Keys) -> Iterator[RunOnce]:
     """The shard; its service has a thread of its own, the main one only waits for the parent."""
     use_this_process(1)
     config = ShardConfig(
@@ -127,7 +113,7 @@ def shard(_tell: Tell, endpoint: str, coordinator_at: str, timeout_s: float, key
         shard=0,
         shard_epoch=0,
         coordinator=coordinator_at,
-        endpoint=endpoint,
+        endpoint=ENDPOINT,
         workers=1,
         shards=1,
         mode=MODE,
@@ -135,8 +121,8 @@ def shard(_tell: Tell, endpoint: str, coordinator_at: str, timeout_s: float, key
         timeout_s=timeout_s,
         start_timeout_s=timeout_s,
     )
-    accepted = None if keys is None else ServerKeys(keys.shard, {keys.worker.public: "worker"})
-    shown = None if keys is None else ClientKeys(keys.shard, {}, keys.coordinator.public)
+    accepted = ServerKeys(keys.shard, {keys.worker.public: "worker"})
+    shown = ClientKeys(keys.shard, {}, keys.coordinator.public)
     control = ZmqClient(wire.CONTROL_HEADER_LIMIT, shown)
 
     def serve() -> None:
@@ -155,9 +141,7 @@ def shard(_tell: Tell, endpoint: str, coordinator_at: str, timeout_s: float, key
 
 
 @contextmanager
-def worker(
-    _tell: Tell, coordinator_at: str, floats: int, timeout_s: float, shared: bool, keys: Keys | None
-) -> Iterator[RunOnce]:
+def worker(_tell: Tell, coordinator_at: str, floats: int, timeout_s: float, keys: Keys) -> Iterator[RunOnce]:
     """A replica whose model is one vector, and whose gradient is always one."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -176,14 +160,13 @@ def worker(
         n_fetch=1,
         chunk_bytes=CHUNK_BYTES,
         window_bytes=16 << 20,
-        shared_memory=shared,
+        shared_memory=False,
         timeout_s=timeout_s,
         start_timeout_s=timeout_s,
     )
     model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(floats))})
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    servers = {} if keys is None else {coordinator_at: keys.coordinator.public}
-    shown = None if keys is None else ClientKeys(keys.worker, servers, keys.shard.public)
+    shown = ClientKeys(keys.worker, {coordinator_at: keys.coordinator.public}, keys.shard.public)
     session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT, shown))
     session.prepare(model, optimizer, [])
     weights = model["w"]

@@ -75,9 +75,7 @@ def rpc_worker(_tell: Tell, role: str, port: int, floats: int, timeout_s: float)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own, at shutdown
     options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=timeout_s)
-    rpc.init_rpc(  # type: ignore[no-untyped-call]
-        role, rank=RANKS[role], world_size=len(RANKS), rpc_backend_options=options
-    )
+    rpc.init_rpc(role, rank=RANKS[role], world_size=len(RANKS), rpc_backend_options=options)
     graceful = False
     try:
         yield _trainer(floats) if role == TRAINER else lambda: 0.0

@@ -9,14 +9,21 @@ from rich.table import Table
 from bench_lib.contenders import REFERENCE
 from bench_lib.results import Result, Results
 
+WIDTH = 160  # columns
 IDLE_LIMIT = 0.05  # cores; more than this and the idle contenders disturb the one that is timed
+
+
+def console() -> Console:
+    """The terminal; where there is none, wide enough for the tables."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 class Report:
     """Writes to the terminal, or plainly to a file or pipe."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = console()
 
     def say(self, line: str) -> None:
         self._console.print(line, style="dim", markup=False)
@@ -30,6 +37,8 @@ class Report:
         self._console.print(f"Processor used while all were idle: {results.idle_load:.2f} cores.")
         if results.idle_load > IDLE_LIMIT:
             self._warn("Idle contenders are not idle: the times above are disturbed.")
+        for name, reason in results.skipped.items():
+            self.say(f"{name} skipped: {reason}")
         for name, reason in results.failed.items():
             self._warn(f"{name} failed: {reason.splitlines()[0]}")  # all of it was said when it happened
 

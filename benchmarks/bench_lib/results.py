@@ -53,6 +53,7 @@ class Results:
     goodput_ratios: dict[str, dict[str, float]]  # [a][b]: a's goodput over b's
     idle_load: float  # cores used by idle contenders, all together
     failed: dict[str, str]
+    skipped: dict[str, str]  # by contender: what it lacks
 
 
 def conclude(entries: list[Entry], settings: Settings, machine: Machine, outcome: Outcome) -> Results:
@@ -69,6 +70,7 @@ def conclude(entries: list[Entry], settings: Settings, machine: Machine, outcome
         goodput_ratios={a: {b: goodputs[a] / goodputs[b] for b in goodputs} for a in goodputs},
         idle_load=outcome.idle_load,
         failed=outcome.failed,
+        skipped=outcome.skipped,
     )
 
 

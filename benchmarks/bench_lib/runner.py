@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from bench_lib.contender import Contender, ContenderError, Entry, Spec
+from bench_lib.contender import Contender, ContenderError, UnavailableError
 from bench_lib.idle import descendants_load
 
 IDLE_WATCH_S = 1.0
@@ -22,6 +22,7 @@ class Outcome:
 
     samples_s: dict[str, list[float]] = field(default_factory=dict)  # by contender, without warm-ups
     failed: dict[str, str] = field(default_factory=dict)  # by contender: why
+    skipped: dict[str, str] = field(default_factory=dict)  # by contender: what it lacks
     idle_load: float = 0.0  # cores used by all started contenders together while none had its turn
 
 
@@ -32,9 +33,8 @@ class Runner:
     the others go on.
     """
 
-    def __init__(self, entries: list[Entry], spec: Spec, say: Say) -> None:
-        self._entries = entries
-        self._spec = spec
+    def __init__(self, builders: Mapping[str, Callable[[], Contender]], say: Say) -> None:
+        self._builders = builders
         self._say = say
         self._alive: dict[str, Contender] = {}
         self._outcome = Outcome()
@@ -55,13 +55,13 @@ class Runner:
         return self._outcome
 
     def _start_all(self) -> None:
-        for entry in self._entries:
-            contender = entry.build(entry.name, self._spec)
-            self._alive[entry.name] = contender
+        for name, build in self._builders.items():
+            contender = build()
+            self._alive[name] = contender
             try:
                 contender.start()
             except ContenderError as error:
-                self._give_up(entry.name, error)
+                self._give_up(name, error)
 
     def _round(self, number: int, keep: bool) -> None:
         names = list(self._alive)
@@ -76,10 +76,18 @@ class Runner:
                 self._outcome.samples_s.setdefault(name, []).append(took_s)
 
     def _give_up(self, name: str, error: ContenderError) -> None:
-        self._outcome.failed[name] = str(error)
         self._outcome.samples_s.pop(name, None)
-        self._say(f"{name} failed and is left out: {error}")
-        self._alive.pop(name).close()
+        if isinstance(error, UnavailableError):
+            self._outcome.skipped[name] = str(error)
+            self._say(f"{name} is skipped: {error}")
+        else:
+            self._outcome.failed[name] = str(error)
+            self._say(f"{name} failed and is left out: {error}")
+        contender = self._alive.pop(name)
+        try:
+            contender.close()
+        except ContenderError as also:
+            self._say(f"{name} could not be closed: {also}")
 
     def _close_all(self) -> None:
         with _deaf():
@@ -88,8 +96,8 @@ class Runner:
                 try:
                     contender.close()
                 except Exception as error:  # the others must still be closed
-                    self._outcome.failed[name] = f"close: {error!r}"
-                    self._say(f"{name} could not be closed: {error!r}")
+                    self._outcome.failed[name] = f"close: {error}"
+                    self._say(f"{name} could not be closed: {error}")
 
 
 @contextmanager

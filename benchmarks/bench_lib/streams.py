@@ -1,7 +1,9 @@
-"""What bare ZeroMQ can do at best: a one-way stream of 1 MB messages from one process to another.
+"""What bare ZeroMQ can do at best, with messages of 1 MB between two processes: a one-way stream, and an echo.
 
-Nothing is decoded, kept or applied: the receiver drops each message and acknowledges once, at the end.
-The clock is the sender's: from its first send to that acknowledgement.
+Nothing is decoded, kept or applied. Stream: the receiver drops each message and acknowledges once, at the end; the
+clock is the sender's, from its first send to that acknowledgement. Echo: each message is answered at once by one as
+large, always of the same memory; the clock is the asking side's, from its first send to the last answer. So it is the
+limit of a push and pull: both directions share the connection, the cores and the I/O threads.
 """
 
 from __future__ import annotations
@@ -47,6 +49,28 @@ class StreamContender:
         self._crew.close()
 
 
+class EchoContender:
+    """One that asks and one that answers, a process each."""
+
+    def __init__(self, name: str, spec: Spec, transport: Transport) -> None:
+        self.name = name
+        self._spec = spec
+        self._transport = transport
+        self._crew = Crew(name, spec.timeout_s)
+
+    def start(self) -> None:
+        common = (self._spec.payload_bytes, round(self._spec.timeout_s * 1000))
+        self._crew.spawn("answering", answering_worker, _bind_address(self._transport), *common)
+        self._crew.spawn("asking", asking_worker, self._crew.hear("answering"), *common)
+        self._crew.await_ready()
+
+    def run_once(self) -> float:
+        return self._crew.run_once()["asking"]
+
+    def close(self) -> None:
+        self._crew.close()
+
+
 def _bind_address(transport: Transport) -> str:
     match transport:
         case "ipc":
@@ -58,8 +82,7 @@ def _bind_address(transport: Transport) -> str:
 @contextmanager
 def sender_worker(_tell: Tell, address: str, payload_bytes: int, timeout_ms: int) -> Iterator[RunOnce]:
     """Sends the payload as slices of one array, without copying (`copy=False`)."""
-    payload = np.ones(payload_bytes, dtype=np.uint8).data
-    messages = [payload[start : start + MESSAGE_BYTES] for start in range(0, payload_bytes, MESSAGE_BYTES)]
+    messages = _messages(payload_bytes)
     with _pair_socket(timeout_ms) as socket:
         socket.connect(address)
 
@@ -98,6 +121,57 @@ def receiver_worker(tell: Tell, address: str, payload_bytes: int, timeout_ms: in
             return time.perf_counter() - start
 
         yield run_once
+
+
+@contextmanager
+def asking_worker(_tell: Tell, address: str, payload_bytes: int, timeout_ms: int) -> Iterator[RunOnce]:
+    """Queues all messages at once, without copying, and takes the answers as frames."""
+    messages = _messages(payload_bytes)
+    with _pair_socket(timeout_ms) as socket:
+        socket.connect(address)
+
+        def run_once() -> float:
+            socket.send(BEGIN)
+            if (answer := socket.recv()) != READY:
+                raise ContenderError(f"the answering side sent {answer!r} instead of {READY!r}")
+            start = time.perf_counter()
+            for message in messages:
+                socket.send(message, copy=False)
+            answered = sum(len(socket.recv(copy=False)) for _ in messages)
+            took_s = time.perf_counter() - start
+            if answered != payload_bytes:
+                raise ContenderError(f"{answered} bytes came back of {payload_bytes}")
+            return took_s
+
+        yield run_once
+
+
+@contextmanager
+def answering_worker(tell: Tell, address: str, payload_bytes: int, timeout_ms: int) -> Iterator[RunOnce]:
+    """Drops each message and answers with as many bytes of its own, without copying."""
+    answers = _messages(payload_bytes)
+    with _pair_socket(timeout_ms) as socket:
+        socket.bind(address)
+        tell(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+        def run_once() -> float:
+            start = time.perf_counter()
+            if (first := socket.recv()) != BEGIN:
+                raise ContenderError(f"the asking side sent {first!r} instead of {BEGIN!r}")
+            socket.send(READY)
+            for answer in answers:
+                if (arrived := len(socket.recv(copy=False))) != len(answer):
+                    raise ContenderError(f"{arrived} bytes arrived instead of {len(answer)}")
+                socket.send(answer, copy=False)
+            return time.perf_counter() - start
+
+        yield run_once
+
+
+def _messages(payload_bytes: int) -> list[memoryview]:
+    """The payload as slices of one array."""
+    payload = np.ones(payload_bytes, dtype=np.uint8).data
+    return [payload[start : start + MESSAGE_BYTES] for start in range(0, payload_bytes, MESSAGE_BYTES)]
 
 
 @contextmanager

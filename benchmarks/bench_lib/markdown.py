@@ -1,0 +1,207 @@
+"""The README's tables, made of the JSON files of the benchmarks. Pure functions: documents in, Markdown out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+Document = Mapping[str, Any]
+
+NOT_MEASURED = "*Not measured yet.*"
+_SECTION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+WORDS = {
+    "downpour": "**Downpour, shared memory** (the default on one host)",
+    "downpour-2s": "Downpour, shared memory, 2 shards",
+    "downpour-copied": "Downpour, shared memory, weights copied (`in_place=false`; several workers)",
+    "downpour-ipc": "Downpour, payloads over ipc (`shared_memory=false`)",
+    "downpour-tcp": "**Downpour over TCP** (between hosts, `--security none`)",
+    "downpour-tcp-2s": "Downpour over TCP, 2 shards",
+    "downpour-curve": "Downpour over TCP with CURVE (between hosts, with keys)",
+    "gloo-allreduce": "gloo all-reduce of the same bytes, 2 processes",
+    "torch-rpc-ps": "torch.distributed.rpc parameter server, as in PyTorch's tutorial",
+    "ray-ps": "Ray parameter server",
+    "memcpy": "limit: a memory copy",
+    "memcpy-x2": "limit: two memory copies",
+    "zmq-ipc": "limit: bare ZeroMQ stream over ipc, one way, 1 MB messages",
+    "zmq-tcp": "limit: bare ZeroMQ stream over TCP, one way, 1 MB messages",
+    "zmq-tcp-echo": "limit: bare ZeroMQ over TCP, there and back, 1 MB messages",
+    "sgd-fused": "limit: the SGD step in one process",
+    "adam-fused": "limit: the Adam step in one process",
+    "plain": "plain script, one process, all cores",
+    "plain-fused": "plain script with `Adam(fused=True)`",
+    "two-plain": "two plain scripts that do not communicate",
+    "ddp-gloo": "DistributedDataParallel over gloo, 2 processes",
+    "downpour-1": "**Downpour, 1 worker**",
+    "downpour-async-2": "**Downpour, async, 2 workers**",
+    "downpour-async-2-2s": "Downpour, async, 2 workers, 2 shards",
+    "downpour-ssp-2": "Downpour, ssp:2, 2 workers",
+    "downpour-sync-2": "**Downpour, sync, 2 workers**",
+    "downpour-sync-2-2s": "Downpour, sync, 2 workers, 2 shards",
+    "downpour-tcp-async-2": "Downpour over TCP, async, 2 workers",
+    "downpour-tcp-sync-2": "Downpour over TCP, sync, 2 workers",
+}
+"""Contenders in words; others go by their names."""
+WORKLOADS = {
+    "mlp25m-sgd": "MLP of 25 million parameters, SGD",
+    "mlp25m-adam": "MLP of 25 million parameters, Adam",
+    "digits-adam": "the digits MLP, Adam",
+}
+GROUPS = ("ours", "peer", "limit")
+
+
+def pushpull(document: Document) -> list[str]:
+    """Ours first, then peers, then limits; each in the benchmark's own order."""
+    results = sorted(document["results"], key=lambda r: GROUPS.index(r["group"]))
+    ratios, reference = document["goodput_ratios"], document["reference"]
+    rows = []
+    for result in results:
+        name = result["name"]
+        ratio = ratios[name].get(reference)
+        rows.append(
+            (
+                WORDS.get(name, name),
+                f"{1e3 * result['median_s']:.1f} ms",
+                f"{result['goodput_gb_per_s']:.1f}",
+                "" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    settings = document["settings"]
+    note = f"{settings['payload_bytes'] / 1e6:g} MB each way, medians of {settings['runs']} runs. {_where(document)}"
+    heads = ("", "median", "GB/s", "of the bare ZeroMQ stream")
+    return [*_table(heads, rows), "", note, *_left_out(document)]
+
+
+def training(document: Document) -> list[str]:
+    """A table per workload."""
+    lines: list[str] = []
+    for name in sorted(document["sections"], key=_workload_rank):
+        section = document["sections"][name]
+        rows = []
+        for result in section["results"]:
+            ratios = section["ratios"][result["name"]]
+            rows.append(
+                (
+                    WORDS.get(result["name"], result["name"]),
+                    f"{1e3 * result['step_s']:.{2 if result['step_s'] < 0.01 else 0}f} ms",
+                    f"{result['samples_per_s']:.0f}",
+                    *(f"{ratios[other]:.2f}" if other in ratios else "" for other in ("plain", "ddp-gloo")),
+                )
+            )
+        workload = section["workload"]
+        note = (
+            f"{workload['batch']} samples per step and worker; medians of {section['rounds']} turns of "
+            f"{workload['steps']} steps. {_where(section)}"
+        )
+        heads = (WORKLOADS.get(name, name), "step", "samples/s", "÷ plain", "÷ DDP")
+        lines += [*([""] if lines else []), *_table(heads, rows), "", note, *_left_out(section)]
+    return lines
+
+
+def busy(document: Document) -> list[str]:
+    """Push, and push and pull, idle and beside a busy thread."""
+    rows = []
+    for way, row in document["results"].items():
+        for what, words in (("push", "push"), ("step", "push and pull")):
+            rows.append(
+                (
+                    f"{'shared memory' if way == 'memory' else way.upper()}, {words}",
+                    f"{row[f'{what}_gb_per_s']:.1f}",
+                    f"{row[f'busy_{what}_gb_per_s']:.1f}",
+                    f"{100 * row[f'{what}_kept']:.0f} %",
+                    f"{100 * row[f'loops_kept_beside_{what}']:.0f} %",
+                )
+            )
+    settings = document["settings"]
+    note = f"{settings['megabytes']} MB, medians of {settings['runs']} turns. {_where(document)}"
+    heads = ("", "GB/s alone", "GB/s beside the thread", "kept", "the thread keeps")
+    return [*_table(heads, rows), "", note, *_left_out(document)]
+
+
+def memory(document: Document) -> list[str]:
+    """Peaks and what was promised, in MB."""
+    rows = []
+    for row in document["results"]:
+        way = "shared memory" if row["way"] == "memory" else row["way"].upper()
+        rows.append(
+            (
+                f"{row['optimizer'].upper() if row['optimizer'] == 'sgd' else row['optimizer'].title()}, {way}",
+                f"{row['workers']}, {row['mode']}",
+                *(f"{row[key] / 1e6:.0f}" for key in ("plain", "worker", "worker_limit", "shard", "shard_limit")),
+            )
+        )
+    note = f"A model of {document['settings']['model_bytes'] / 1e6:.0f} MB; MB at the peak. {_where(document)}"
+    heads = ("", "workers", "plain script", "worker", "at most", "shard", "at most")
+    return [*_table(heads, rows), "", note]
+
+
+def accuracy(document: Document) -> list[str]:
+    """Medians over the seeds."""
+    names = {"digits_mlp.py": "MLP, Adam", "digits_cnn.py": "CNN, AdamW"}
+    modes = list(next(iter(document.values())))
+    rows = [
+        (names.get(script, script), *(f"{median(by_mode[mode]):.3f}" for mode in modes))
+        for script, by_mode in document.items()
+    ]
+    seeds = max(len(values) for by_mode in document.values() for values in by_mode.values())
+    return [*_table(("", *modes), rows), "", f"Medians of {seeds} seeds."]
+
+
+TABLES: dict[str, Callable[[Document], list[str]]] = {
+    "pushpull": pushpull,
+    "training": training,
+    "busy": busy,
+    "memory": memory,
+    "accuracy": accuracy,
+}
+"""By the name of the JSON file and of the section in the README."""
+PICTURES = {"pushpull": "Times to push and pull", "training": "Samples per second"}
+"""What ``plots.py`` draws, in words."""
+
+
+def filled(text: str, documents: Mapping[str, Document]) -> str:
+    """``text`` with every ``<!-- bench:NAME -->`` … ``<!-- /bench -->`` holding NAME's table.
+
+    Raises :class:`KeyError` for a section whose name is not known.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        make = TABLES[name]
+        lines = make(documents[name]) if name in documents else [NOT_MEASURED]
+        if name in documents and name in PICTURES:
+            lines += ["", f"![{PICTURES[name]}](docs/img/{name}.svg)"]
+        return opening + "\n" + "\n".join(lines) + "\n\n" + closing
+
+    return _SECTION.sub(table, text)
+
+
+def sections(text: str) -> list[str]:
+    """Names of the sections in ``text``."""
+    return [match[2] for match in _SECTION.finditer(text)]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    aligned = ["---", *["---:"] * (len(heads) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, aligned, *rows)]
+
+
+def _where(document: Document) -> str:
+    machine = document["machine"]
+    return (
+        f"{document['date'][:10]}, {machine['cpu_model']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"libzmq {machine['libzmq']}."
+    )
+
+
+def _left_out(document: Document) -> list[str]:
+    """Nothing is passed over in silence."""
+    names = [*document.get("failed", {}), *document.get("skipped", {})]
+    return ["", f"Without a result: {', '.join(sorted(names))}."] if names else []
+
+
+def _workload_rank(name: str) -> tuple[int, str]:
+    known = list(WORKLOADS)
+    return (known.index(name) if name in known else len(known)), name

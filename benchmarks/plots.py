@@ -1,0 +1,105 @@
+"""Draws the benchmarks' results: one SVG per JSON file, into docs/img/. Needs matplotlib (`pip install -e '.[bench]'`).
+
+`python benchmarks/plots.py`; the same results give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_lib.markdown import WORDS, WORKLOADS
+from table import RESULTS, ROOT, documents
+
+COLOURS = {"ours": "#1f6fb2", "peer": "#c8553d", "limit": "#9aa3ab"}
+KINDS = {"ours": "Downpour", "peer": "others", "limit": "limits"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw what there are results of; an exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img", help="default: docs/img")
+    options = parser.parse_args(arguments)
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("plots need matplotlib: pip install -e '.[bench]'", file=sys.stderr)
+        return 1
+    mpl.use("Agg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": "downpour", "font.size": 9, "axes.spines.right": False, "axes.spines.top": False}
+    )
+    found = documents(options.results)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if "pushpull" in found:
+        _save(_pushpull(found["pushpull"]), options.out / "pushpull.svg")
+    if "training" in found:
+        _save(_training(found["training"]), options.out / "training.svg")
+    return 0
+
+
+def _pushpull(document: dict[str, Any]) -> Any:
+    """Milliseconds of a push and pull, with the range of the runs. Streams one way and single steps are left out."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in document["results"] if r["group"] != "limit" or r["name"] in ("memcpy-x2", "zmq-tcp-echo")]
+    rows.sort(key=lambda r: r["median_s"])
+    figure = Figure(figsize=(9, 0.9 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    megabytes = document["settings"]["payload_bytes"] / 1e6
+    _bars(
+        axes, rows, [1e3 * r["median_s"] for r in rows], [(1e3 * r["min_s"], 1e3 * r["max_s"]) for r in rows], "{:.0f}"
+    )
+    axes.set_title(f"push and pull of {megabytes:g} MB", loc="left", fontsize=9)
+    axes.set_xlabel("ms; bar: median, line: all runs")
+    axes.invert_yaxis()
+    return figure
+
+
+def _training(document: dict[str, Any]) -> Any:
+    """Samples per second, a panel per workload."""
+    from matplotlib.figure import Figure
+
+    sections = [document["sections"][name] for name in WORKLOADS if name in document["sections"]]
+    heights = [len(section["results"]) for section in sections]
+    figure = Figure(figsize=(9, 0.8 * len(sections) + 0.26 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(sections), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, section in zip(panels, sections, strict=True):
+        rows = sorted(section["results"], key=lambda r: -r["samples_per_s"])
+        batch = section["workload"]["batch"]
+        spans = [(r["workers"] * batch / r["max_step_s"], r["workers"] * batch / r["min_step_s"]) for r in rows]
+        _bars(axes, rows, [r["samples_per_s"] for r in rows], spans, "{:.0f}")
+        axes.set_title(WORKLOADS[section["workload"]["name"]], loc="left", fontsize=9)
+        axes.set_xlabel("samples per second; bar: median, line: all turns")
+        axes.invert_yaxis()
+    return figure
+
+
+def _bars(
+    axes: Any, rows: list[dict[str, Any]], values: list[float], spans: list[tuple[float, float]], text: str
+) -> None:
+    from matplotlib.patches import Patch
+
+    places = range(len(rows))
+    axes.barh(places, values, color=[COLOURS[row["group"]] for row in rows], height=0.7)
+    axes.hlines(places, [low for low, _ in spans], [high for _, high in spans], color="#333333", linewidth=0.8)
+    axes.set_yticks(places, [WORDS.get(row["name"], row["name"]).replace("**", "").replace("`", "") for row in rows])
+    for place, value, (_, high) in zip(places, values, spans, strict=True):
+        axes.annotate(
+            text.format(value), (max(value, high), place), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.margins(x=0.12)
+    kinds = [kind for kind in KINDS if any(row["group"] == kind for row in rows)]
+    axes.legend(handles=[Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in kinds], frameon=False, fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The benchmarks that start real jobs, at sizes that say nothing about speed: they end well and leave nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Box, Running
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def start(box: Box, name: str, *arguments: str) -> Running:
+    return box.command([sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments], box.folder)
+
+
+def test_training_loops_of_all_kinds(box: Box) -> None:
+    contenders = ["plain", "two-plain", "ddp-gloo", "downpour-1", "downpour-sync-2", "downpour-tcp-async-2"]
+    wanted = ["--workloads", "tiny-adam", "--runs", "2", "--only", *contenders]
+    ended = start(box, "training", *wanted, "--json", "training.json").end(120.0)
+    assert ended.code == 0, ended.text
+    section = json.loads((box.folder / "training.json").read_text())["sections"]["tiny-adam"]
+    assert section["failed"] == {}
+    assert [(r["name"], len(r["turns_s"])) for r in section["results"]] == [(name, 2) for name in contenders]
+    assert all(r["samples_per_s"] > 0 for r in section["results"])
+
+
+def test_killed_in_the_middle_no_contender_outlives_it(box: Box) -> None:
+    wanted = ["--workloads", "tiny-adam", "--runs", "100000", "--only", "ddp-gloo", "downpour-sync-2"]
+    running = start(box, "training", *wanted)
+    running.wait_line("round 2 of")
+    box.leaves_runtime_folder = True
+    running.kill()
+    running.end()
+    assert box.wait_gone(box.processes(), 5.0) == []
+
+
+def test_ctrl_c_ends_the_contenders(box: Box) -> None:
+    wanted = ["--workloads", "tiny-adam", "--runs", "100000", "--only", "two-plain", "downpour-1"]
+    running = start(box, "training", *wanted)
+    running.wait_line("round 2 of")
+    running.interrupt()
+    ended = running.end(60.0)
+    assert ended.code == 130, ended.text
+    assert box.processes() == []
+
+
+def test_a_job_that_cannot_start_is_reported_and_the_others_go_on(box: Box) -> None:
+    wanted = ["--workloads", "tiny-adam", "--runs", "1", "--only", "plain", "downpour-1"]
+    broken = {"PYTHONPATH": str(box.folder / "broken")}
+    (box.folder / "broken" / "downpour_deploy").mkdir(parents=True)
+    (box.folder / "broken" / "downpour_deploy" / "__init__.py").write_text("raise SystemExit('out of order')\n")
+    command = [sys.executable, str(BENCHMARKS / "training.py"), *wanted]
+    ended = box.command(command, box.folder, **broken).end(60.0)
+    assert ended.code == 1
+    assert "out of order" in ended.stdout
+    assert "downpour-1 failed" in ended.stdout
+    assert "plain failed" not in ended.stdout
+
+
+def test_pushes_beside_a_busy_thread(box: Box) -> None:
+    ended = start(box, "busy", "--mb", "1", "--runs", "2", "--json", "busy.json").end(120.0)
+    assert ended.code == 0, ended.text
+    results = json.loads((box.folder / "busy.json").read_text())["results"]
+    assert set(results) == {"memory", "tcp"}
+    assert all(row["busy_push_gb_per_s"] > 0 and row["loops_per_s"] > 0 for row in results.values())
+
+
+def test_push_and_pull_under_the_launcher_and_with_keys(box: Box) -> None:
+    contenders = ["downpour", "downpour-tcp-2s", "downpour-curve"]
+    wanted = ["--mb", "2", "--runs", "2", "--only", *contenders]
+    ended = start(box, "pushpull", *wanted, "--json", "pushpull.json").end(120.0)
+    assert ended.code == 0, ended.text
+    document = json.loads((box.folder / "pushpull.json").read_text())
+    assert [result["name"] for result in document["results"]] == contenders
