@@ -23,6 +23,7 @@ app = typer.Typer(
 def _add_commands() -> None:
     """Commands of a cluster. What they need is imported when they run."""
     from downpour_deploy.agent.command import server_app, worker_app
+    from downpour_deploy.bench import register as add_bench
     from downpour_deploy.coordinator_command import coordinator_app
     from downpour_deploy.doctor import register as add_doctor
     from downpour_deploy.jobs import register
@@ -30,6 +31,7 @@ def _add_commands() -> None:
 
     register(app)
     add_doctor(app)
+    add_bench(app)
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(server_app, name="server")
     app.add_typer(worker_app, name="worker")
