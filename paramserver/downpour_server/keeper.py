@@ -74,7 +74,7 @@ class SnapshotKeeper:
             self._answer(effect.snapshot, effect.error, {})
         else:
             placed = replace(effect, folder=self._config.path(effect.folder))
-            self._writing.append((placed, self._writer.submit(write, placed)))
+            self._writing.append((placed, self._writer.submit(_write, placed)))
 
     def turn(self, now_s: float) -> None:
         """See to files that have been written, and send what is due."""
@@ -152,6 +152,13 @@ class SnapshotKeeper:
             del self._answers[min(self._answers)]
         self.answered = max(self.answered, snapshot)
         self._tell(taken)
+
+
+def _write(effect: WriteSnapshot) -> dict[str, Any]:
+    try:
+        return write(effect)
+    finally:
+        effect.reading.done = True
 
 
 def _remove(path: str) -> None:

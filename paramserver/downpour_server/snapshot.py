@@ -18,9 +18,19 @@ from downpour_server.store import StoredChunk
 from downpour_server.tensors import as_bytes
 
 
+@dataclass(slots=True)
+class Reading:
+    """Whether captured tensors have been read; until ``done`` they stay as they are."""
+
+    done: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class WriteSnapshot:
-    """Effect: write ``tensors`` into ``folder`` and report ``document``; or report ``error`` when it is not empty."""
+    """Effect: write ``tensors`` into ``folder`` and report ``document``; or report ``error`` when it is not empty.
+
+    ``reading`` is to be told when the tensors are not needed any more.
+    """
 
     snapshot: int
     folder: str
@@ -28,6 +38,7 @@ class WriteSnapshot:
     tensors: Mapping[str, torch.Tensor]
     document: dict[str, Any]
     error: str = ""
+    reading: Reading = field(default_factory=Reading)
 
 
 @dataclass(slots=True)
@@ -41,6 +52,7 @@ class Capture:
     chunks: Mapping[int, StoredChunk]
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     _rows: dict[str, Any] = field(default_factory=dict)
+    _reading: Reading = field(default_factory=Reading)
     _passed: str = ""
     _position: tuple[int, ...] = ()
 
@@ -71,14 +83,15 @@ class Capture:
             "trainable_versions": sorted(versions),
             "position": list(self._position),
         }
-        return WriteSnapshot(self.snapshot, self.folder, self.shard, self._tensors, document)
+        return WriteSnapshot(self.snapshot, self.folder, self.shard, self._tensors, document, reading=self._reading)
 
     def failed(self, error: str) -> WriteSnapshot:
         """The snapshot that is not to be."""
+        self._reading.done = True
         return WriteSnapshot(self.snapshot, self.folder, self.shard, {}, {}, error)
 
     def _take(self, stored: StoredChunk) -> None:
-        tensors, row = stored.capture()
+        tensors, row = stored.capture(self._reading)
         index = stored.chunk.index
         self._rows[str(index)] = row
         self._tensors.update({f"{index}.{name}": tensor for name, tensor in tensors.items()})

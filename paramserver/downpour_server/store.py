@@ -41,6 +41,7 @@ class StoredChunk:
         self._latest: dict[int, torch.Tensor] = {}
         self._windows: dict[int, tuple[int, DedupWindow]] = {}
         self._readers: list[Sent] = []
+        self._state_reader: Sent | None = None
 
     def initialise(self, payload: Buffer) -> None:
         """Take the job's first weights; later calls change nothing."""
@@ -115,6 +116,12 @@ class StoredChunk:
             if not all(r.done for r in self._readers):
                 self.weights = self.weights.clone()
             self._readers = []
+        if self._state_reader is not None and self._rule is not None:
+            if not self._state_reader.done:
+                state = self._rule.state()
+                own = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
+                self._rule.load_state(self.weights, own)
+            self._state_reader = None
 
     # ------------------------------------------------------------ where the weights are
 
@@ -132,13 +139,18 @@ class StoredChunk:
 
     # ------------------------------------------------------------ snapshots
 
-    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A consistent copy: tensors by name (``weights`` and the rule's state), and the plain values beside them."""
-        tensors = {"weights": self.weights.clone()}
+    def capture(self, reader: Sent) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What there is now: tensors by name (``weights`` and the rule's state), and the plain values beside them.
+
+        The tensors stay as they are until ``reader.done``: an update that comes before goes to copies.
+        """
+        tensors = {"weights": self.weights.clone() if self.lodging else self.weights}
+        self.being_read(reader)
+        self._state_reader = reader
         scalars: dict[str, float] = {}
         for name, value in self._rule.state().items() if self._rule else ():
             if isinstance(value, torch.Tensor):
-                tensors[name] = value.clone()
+                tensors[name] = value
             else:
                 scalars[name] = value
         windows = [

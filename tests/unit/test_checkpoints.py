@@ -21,8 +21,9 @@ from downpour_common.tensorfile import TensorFile
 from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
 from downpour_coordinator.snapshots import CommitSnapshot, Round
+from downpour_server.contribution import Contribution
 from downpour_server.restore import restore
-from downpour_server.snapshot import write
+from downpour_server.snapshot import Reading, write
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import torch_dtype
 
@@ -67,7 +68,7 @@ def elements(layout: Layout, chunks: Mapping[int, StoredChunk]) -> Elements:
     """What the chunks hold, by tensor."""
     found: Elements = {}
     for stored in chunks.values():
-        tensors, _ = stored.capture()
+        tensors, _ = stored.capture(Reading())
         for name, flat in tensors.items():
             for t, first, at, count in layout.pieces_of(stored.chunk):
                 whole = found.setdefault(t.name, {}).setdefault(name, torch.zeros(t.numel, dtype=flat.dtype))
@@ -169,7 +170,7 @@ def test_weights_and_optimizer_state_are_the_same_on_any_layout(
         assert stored.initialised
         assert stored.version == (3 if stored.chunk.kind == "trainable" else 0)
         if stored.chunk.kind == "trainable":
-            assert stored.capture()[1]["scalars"] == {"step": 3.0}
+            assert stored.capture(Reading())[1]["scalars"] == {"step": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -447,3 +448,30 @@ def test_a_run_of_plain_sgd_has_no_state_to_keep(tmp_path: Path) -> None:
     restore(save(tmp_path, drivers), layout, chunks)
     assert_same(elements(layout, chunks), held(drivers))
     assert set(held(drivers)["w"]) == {"weights"}
+
+
+@pytest.mark.parametrize("rule", ["SGD", "Adam", "NAdam"])
+def test_what_is_being_written_stays_as_it_was_and_costs_a_copy_only_if_an_update_comes(rule: str) -> None:
+    options = {"lr": 0.1, "momentum": 0.9} if rule == "SGD" else {"lr": 0.1}
+    (chunk,) = plan(model(tensor("w", 8), rule=rule, options=[options]), 1, 1 << 20).chunks
+    stored, plain = StoredChunk(chunk, rule, options), StoredChunk(chunk, rule, options)
+
+    def update(step: int) -> None:
+        for one in (stored, plain):
+            gradient = torch.linspace(-1.0, step, 8)
+            one.apply([Contribution(0, step, 1, step, b"", gradient, ())])
+
+    update(0)
+    reading = Reading()
+    tensors, _ = stored.capture(reading)
+    before = {name: value.clone() for name, value in tensors.items()}
+    assert len(tensors) > 1
+    assert tensors["weights"].data_ptr() == stored.weights.data_ptr(), "no copy before it is needed"
+    update(1)
+    update(2)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    for name, value in plain.capture(Reading())[0].items():
+        assert torch.equal(stored.capture(Reading(done=True))[0][name], value), "and the training is as without it"
+    place = stored.weights.data_ptr()
+    update(3)
+    assert stored.weights.data_ptr() == place

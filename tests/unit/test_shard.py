@@ -22,6 +22,7 @@ from downpour_common import wire
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import Refusal
 from downpour_server.contribution import Contribution
+from downpour_server.snapshot import Reading
 from downpour_server.store import StoredChunk
 
 ONE = model(tensor("w", 4))
@@ -162,7 +163,7 @@ def test_a_contribution_before_the_first_weights_is_not_lost() -> None:
 
 
 def _state(d: ShardDriver) -> list[object]:
-    return [(s.weights.tolist(), s.version, s.capture()[1]["scalars"]) for s in d.shard.chunks.values()]
+    return [(s.weights.tolist(), s.version, s.capture(Reading())[1]["scalars"]) for s in d.shard.chunks.values()]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
