@@ -112,6 +112,9 @@ class Settings(_Description):
     overlap: Literal["auto", "off"] = Field(
         "auto", description="auto: gradients that are sent leave while backward computes others"
     )
+    push_dtype: Literal["same", "bfloat16"] = Field(
+        "same", description="bfloat16: fp32 gradients are rounded to it and sent, at half the size; weights stay fp32"
+    )
     fetch_ahead: bool = Field(
         False,
         description="async: the answer to a push is fetched while the next step computes, on weights one step older",

@@ -46,3 +46,11 @@ def itemsize(dtype: str) -> int:
         return ITEMSIZE[dtype]
     except KeyError:
         raise ProtocolError(f"unknown dtype {dtype!r}; known: {', '.join(ITEMSIZE)}") from None
+
+
+def pushed_as(dtype: str, push_dtype: str) -> str:
+    """The dtype as which gradients of trainable chunks of ``dtype`` travel in a job with this ``push_dtype``.
+
+    ``same``: as they are. ``bfloat16``: float32 is rounded to it, which halves what is sent; all else is as it is.
+    """
+    return "bfloat16" if push_dtype == "bfloat16" and dtype == "float32" else dtype

@@ -72,6 +72,7 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         start_timeout_s=settings.start_timeout_s,
         keys=place.keys,
         overlap=settings.overlap,
+        push_dtype=settings.push_dtype,
         fetch_ahead=settings.fetch_ahead,
         in_place=settings.in_place,
     )
@@ -97,6 +98,7 @@ def shard_process(
         start_timeout_s=spec.settings.start_timeout_s,
         folder=place.folder,
         upload=place.remote,
+        push_dtype=spec.settings.push_dtype,
         keys=place.keys,
     )
     return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec, place), **config.to_environment()}

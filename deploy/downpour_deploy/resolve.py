@@ -100,6 +100,7 @@ def _shares_memory(spec: JobSpec) -> bool:
     """Whether gradients and weights will lie in shared memory, as far as can be told before the script runs."""
     settings = spec.settings
     wanted = settings.shared_memory and settings.transport == "ipc" and settings.n_push == 1
+    wanted = wanted and settings.push_dtype == "same"
     return wanted and (spec.device == "cpu" or (spec.device == "auto" and not gpus()))
 
 

@@ -33,6 +33,8 @@ class ShardConfig:
     """the job's folder on this host; relative folders in messages are below it"""
     upload: bool = False
     """send snapshots to the coordinator's host instead of keeping them here"""
+    push_dtype: str = "same"
+    """see :func:`downpour_common.dtypes.pushed_as`"""
     keys: dict[str, Any] | None = None
     """``coordinator``: its public key; ``job``: [public, secret] of the job, which also all its workers have;
     ``shards``, ``shard_secret``: the shards' own. None: no encryption, and nobody proves who it is"""

@@ -150,7 +150,9 @@ class ShardService:
                 raise ConfigError(f"no update rule is called {model.rule!r}; known: {', '.join(RULES)}")
             layout = plan(model, config.shards, config.chunk_bytes)
             identity = Identity(config.job, config.shard, config.shard_epoch)
-            shard = Shard(identity, layout, parse_mode(config.mode), config.workers, config.timeout_s)
+            shard = Shard(
+                identity, layout, parse_mode(config.mode), config.workers, config.timeout_s, config.push_dtype
+            )
             if message.resume:
                 shard.start_from(restore(config.path(message.resume), layout, shard.chunks))
             self._shard = shard

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from downpour_common import messages as m
+from downpour_common.dtypes import itemsize, pushed_as
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Layout, SharedLayout
 from downpour_common.messages import Message, Refusal
@@ -75,7 +76,15 @@ class _Fetch:
 class Shard:
     """State of one shard; see the module."""
 
-    def __init__(self, identity: Identity, layout: Layout, mode: Mode, workers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        layout: Layout,
+        mode: Mode,
+        workers: int,
+        timeout_s: float,
+        push_dtype: str = "same",
+    ) -> None:
         self.identity = identity
         self.layout = layout
         self.stats = ShardStats()
@@ -84,6 +93,11 @@ class Shard:
             c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {}, scratch)
             for c in layout.of_shard(identity.shard)
         }
+        self._pushed = {
+            i: pushed_as(s.chunk.dtype, push_dtype) if s.trainable else s.chunk.dtype for i, s in self.chunks.items()
+        }
+        """dtypes of payloads"""
+        self._pushed_bytes = {i: s.chunk.numel * itemsize(self._pushed[i]) for i, s in self.chunks.items()}
         self._mode = mode
         self._timeout_s = timeout_s
         self._members = Members(workers)
@@ -251,14 +265,15 @@ class Shard:
     ) -> None:
         if not self._admits(peer, push, effects):
             return
-        stored = self._stored(peer, push.request, push.chunk, payload, effects)
+        stored = self._pushed_to(peer, push.request, push.chunk, payload, effects)
         if stored is None:
             return
         self._staged.drop(push.slot, push.chunk)
-        self._take(peer, push, stored, from_bytes(payload, stored.chunk.dtype), None, now_s, effects)
+        gradient = from_bytes(payload, self._pushed[push.chunk])
+        self._take(peer, push, stored, gradient.to(stored.weights.dtype), None, now_s, effects)
 
     def _stage(self, peer: Peer, stage: m.Stage, effects: list[Effect]) -> None:
-        stored = self._stored(peer, stage.request, stage.chunk, stage.payload, effects)
+        stored = self._pushed_to(peer, stage.request, stage.chunk, stage.payload, effects)
         if stored is None:
             return
         if not stored.trainable:
@@ -266,14 +281,14 @@ class Shard:
             self._refuse(peer, stage.request, Refusal.MALFORMED, reason, effects)
             return
         self.stats.staged += 1
-        self.stats.bytes_in += stored.nbytes
-        effects.append(Reply(peer, m.Staged(stage.request, self._staged.hold(stage, stored.chunk.dtype))))
+        self.stats.bytes_in += self._pushed_bytes[stored.chunk.index]
+        effects.append(Reply(peer, m.Staged(stage.request, self._staged.hold(stage, self._pushed[stage.chunk]))))
 
     def _contribute_staged(self, peer: Peer, push: m.PushPullStaged, now_s: float, effects: list[Effect]) -> None:
         """Find the contribution among what the worker has sent ahead."""
         stored, held = self.chunks.get(push.chunk), self._staged.take(push)
         if stored is not None and held is not None:
-            self._take(peer, push, stored, held.gradient, held.finite, now_s, effects)
+            self._take(peer, push, stored, held.gradient.to(stored.weights.dtype), held.finite, now_s, effects)
         elif stored is not None and self._repeated(push, stored):
             self._take(peer, push, stored, stored.weights, True, now_s, effects)
         else:
@@ -334,7 +349,7 @@ class Shard:
         else:
             window.record(push.seq)
             if not isinstance(push, m.PushPullStaged):  # whose bytes came before
-                self.stats.bytes_in += stored.nbytes
+                self.stats.bytes_in += self._pushed_bytes[stored.chunk.index]
             contribution = Contribution(
                 push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position
             )
@@ -462,15 +477,28 @@ class Shard:
         self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s, memory))
         self._answer(pull.chunk, effects)
 
-    def _stored(
+    def _pushed_to(
         self, peer: Peer, request: int, chunk: int, payload: m.Buffer, effects: list[Effect]
     ) -> StoredChunk | None:
+        """The chunk of a contribution's payload; None, and refused, if it cannot be one of it."""
+        return self._stored(peer, request, chunk, payload, effects, self._pushed_bytes.get(chunk))
+
+    def _stored(
+        self,
+        peer: Peer,
+        request: int,
+        chunk: int,
+        payload: m.Buffer,
+        effects: list[Effect],
+        nbytes: int | None = None,
+    ) -> StoredChunk | None:
+        """The chunk of a payload, which has its size, or ``nbytes``; None, and refused, if it has not."""
         stored = self.chunks.get(chunk)
         size = memoryview(payload).nbytes
         if stored is None:
             self._refuse(peer, request, Refusal.MALFORMED, f"chunk {chunk} is not here", effects)
-        elif size != stored.nbytes:
-            reason = f"chunk {chunk} has {stored.nbytes} bytes, the payload {size}"
+        elif size != (expected := stored.nbytes if nbytes is None else nbytes):
+            reason = f"chunk {chunk} has {expected} bytes, the payload {size}"
             self._refuse(peer, request, Refusal.MALFORMED, reason, effects)
             return None
         return stored

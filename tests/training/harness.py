@@ -175,6 +175,7 @@ class Job:
             c.start_timeout_s,
             folder=self.folder,
             upload=bool(self.folder),
+            push_dtype=c.push_dtype,
         )
         return ShardService(config, self.network.server(f"server-{index}"), self.network.client())
 

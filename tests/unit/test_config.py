@@ -144,6 +144,8 @@ def test_problems_between_fields_are_told_at_once_too() -> None:
     [
         ("sync", {"n_push": 2}, "mode sync exchanges every step"),
         ("ssp:3", {"n_fetch": 2}, "mode ssp:3 exchanges every step"),
+        ("sync", {"fetch_ahead": True}, "fetch_ahead belongs to mode async"),
+        ("async", {"fetch_ahead": True, "n_push": 2}, "fetch_ahead belongs to mode async with n_push=1"),
         ("async", {"port": 5000}, "--set transport=tcp"),
     ],
 )

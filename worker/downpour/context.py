@@ -41,6 +41,8 @@ class WorkerContext:
     None: no encryption, and nobody proves who it is"""
     overlap: Literal["auto", "off"] = "auto"
     """``auto``: where gradients are sent, they leave while backward computes others"""
+    push_dtype: Literal["same", "bfloat16"] = "same"
+    """see :func:`downpour_common.dtypes.pushed_as`"""
     fetch_ahead: bool = False
     """the answer to a push is fetched while the next step computes"""
     in_place: bool = True

@@ -7,25 +7,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 import torch
 
 from downpour.space import FlatSpace, part_of
-from downpour.staging import AT_ONCE, host_bytes
+from downpour.staging import AT_ONCE, host_bytes, pushed_dtype
 from downpour_common.layout import Chunk, SharedLayout
 
 
 class MirrorStaging:
     """For steps that go on while a push-pull is under way: one more copy of gradients and of weights.
 
-    ``memory``, laid out as :class:`SharedLayout`, holds both; else it is this process' own. See
+    ``memory``, laid out as :class:`SharedLayout`, holds both; else it is this process' own, and ``rounded`` that of
+    gradients that are sent as bfloat16. See
     :class:`downpour.staging.Staging`.
     """
 
     mirrors = True
 
-    def __init__(self, space: FlatSpace, memory: memoryview | None = None) -> None:
+    def __init__(self, space: FlatSpace, memory: memoryview | None = None, rounded: bool = False) -> None:
         self._space = space
         shared = SharedLayout(space.layout)
         if memory is None:
             self._weights = {i: torch.empty_like(flat) for i, flat in space.weights.items()}
-            self._sources = {i: torch.empty_like(flat) for i, flat in space.gradients.items()}
+            self._sources = {
+                i: torch.empty_like(flat, dtype=pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()
+            }
         else:
             self._weights = {
                 i: part_of(memory, shared.weights_at(i), len(flat), flat.dtype) for i, flat in space.weights.items()

@@ -108,13 +108,14 @@ class Session:
     def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> None:
         c = self.context
         layout = plan(described.spec, c.shards, c.chunk_bytes)
-        # Accrued gradients and GPU mirrors lie elsewhere; there, payloads are sent.
-        shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1
+        # Accrued and rounded gradients and GPU mirrors lie elsewhere; there, payloads are sent.
+        rounded = c.push_dtype == "bfloat16"
+        shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1 and not rounded
         offered = sharing.offer(SharedLayout(layout)) if shareable else None
         memory = offered.view if offered else None
         mirrored = c.fetch_ahead and described.device.type == "cpu"
         space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory)
-        staging = MirrorStaging(space, memory) if mirrored else staging_for(space)
+        staging = MirrorStaging(space, memory, rounded) if mirrored else staging_for(space, rounded)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
         self._exchange = StateExchange(c, space, staging, self._client, lambda: self.is_chief)
         first_seq = self._exchange.start(welcome.restored)

@@ -16,6 +16,7 @@ import torch
 
 from downpour.space import FlatSpace
 from downpour_common import wire
+from downpour_common.dtypes import pushed_as
 from downpour_common.layout import Chunk
 
 AT_ONCE = 8
@@ -146,16 +147,41 @@ class HostStaging:
         """See :class:`Staging`."""
 
 
+class RoundingStaging(HostStaging):
+    """For models on the CPU whose fp32 gradients are sent as bfloat16."""
+
+    def __init__(self, space: FlatSpace) -> None:
+        super().__init__(space)
+        self._sources = {
+            i: torch.empty_like(flat, dtype=pushed_dtype(flat, True)) for i, flat in space.gradients.items()
+        }
+
+    def outgoing(
+        self, chunks: Sequence[Chunk], source: Mapping[int, torch.Tensor], _current: Set[int] = _NONE
+    ) -> Iterator[Sequence[Chunk]]:
+        """See :class:`Staging`; what is there already is rounded again, so that :meth:`digest` is of what is now."""
+        for start in range(0, len(chunks), AT_ONCE):
+            some = chunks[start : start + AT_ONCE]
+            for chunk in some:
+                self._space.of(self._sources, chunk).copy_(self._space.of(source, chunk))
+            yield some
+
+    def bring(self, chunk: Chunk) -> None:
+        """See :class:`Staging`."""
+        self._space.of(self._sources, chunk).copy_(self._space.of(self._space.gradients, chunk))
+        super().bring(chunk)
+
+
 class CudaStaging:
     """For models on a GPU: pinned mirrors and a side stream."""
 
     mirrors = True
 
-    def __init__(self, space: FlatSpace) -> None:
+    def __init__(self, space: FlatSpace, rounded: bool = False) -> None:
         self._space = space
         self._stream = torch.cuda.Stream(space.device)
         self._weights = {i: _pinned(flat) for i, flat in space.weights.items()}
-        self._sources = {i: _pinned(flat) for i, flat in space.gradients.items()}
+        self._sources = {i: _pinned(flat, pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()}
         self._factors: dict[torch.dtype, torch.Tensor] = {}
         self._holds = False
         self._coming: deque[tuple[Chunk, torch.cuda.Event]] = deque()
@@ -269,10 +295,19 @@ class CudaStaging:
         self._stream.synchronize()
 
 
-def _pinned(flat: torch.Tensor) -> torch.Tensor:
-    return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+def _pinned(flat: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(flat.shape, dtype=dtype or flat.dtype, pin_memory=True)
 
 
-def staging_for(space: FlatSpace) -> Staging:
-    """The staging for the device of ``space``."""
-    return CudaStaging(space) if space.device.type == "cuda" else HostStaging(space)
+def pushed_dtype(flat: torch.Tensor, rounded: bool) -> torch.dtype:
+    """As which dtype a gradient is sent; see :func:`downpour_common.dtypes.pushed_as`."""
+    name = pushed_as(str(flat.dtype).removeprefix("torch."), "bfloat16" if rounded else "same")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def staging_for(space: FlatSpace, rounded: bool = False) -> Staging:
+    """The staging for the device of ``space``; ``rounded``: fp32 gradients are sent as bfloat16."""
+    if space.device.type == "cuda":
+        return CudaStaging(space, rounded)
+    return RoundingStaging(space) if rounded else HostStaging(space)

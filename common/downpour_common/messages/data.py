@@ -65,7 +65,7 @@ class Push(Contribution):
 
     TAG = 3
     payload: Buffer
-    """chunk.nbytes bytes of chunk.dtype"""
+    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class PushPull(Contribution):
 
     TAG = 4
     payload: Buffer
-    """chunk.nbytes bytes of chunk.dtype"""
+    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class Stage(Request):
     worker_epoch: int
     chunk: int
     payload: Buffer
-    """chunk.nbytes bytes of chunk.dtype"""
+    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it"""
 
 
 @dataclass(frozen=True, slots=True)

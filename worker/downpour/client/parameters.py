@@ -199,8 +199,9 @@ class ParameterClient:
         submissions = []
         for chunk in chunks:
             number, answer = self._thread.number(), Ticket(1)
-            stage = m.Stage(number, c.job, c.slot, c.worker_epoch, chunk.index, self._memory.gradient(chunk))
-            self.traffic.bytes_sent += chunk.nbytes
+            payload = self._memory.gradient(chunk)
+            stage = m.Stage(number, c.job, c.slot, c.worker_epoch, chunk.index, payload)
+            self.traffic.bytes_sent += payload.nbytes
             self.ahead.note(chunk.index, number, answer)
             submissions.append(self._submission(chunk, stage, answer, f"chunk {chunk.index} to be kept"))
         if submissions:
@@ -258,8 +259,9 @@ class ParameterClient:
     def _not_staged(self, chunk: Chunk, header: PushHeader) -> m.PushPull:
         """While answers are received: what is sent in place of a push-pull whose payload the shard does not hold."""
         self.ahead.refused()
-        self.traffic.bytes_sent += chunk.nbytes
-        return m.PushPull(*self._head(chunk, header), self._memory.gradient(chunk))
+        payload = self._memory.gradient(chunk)
+        self.traffic.bytes_sent += payload.nbytes
+        return m.PushPull(*self._head(chunk, header), payload)
 
     def _head(
         self, chunk: Chunk, header: PushHeader
@@ -281,8 +283,11 @@ class ParameterClient:
         )
 
     def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
-        if not isinstance(message, m.PushPullStaged):
-            self.traffic.bytes_sent += chunk.nbytes
+        match message:
+            case m.Push(payload=payload) | m.PushPull(payload=payload):
+                self.traffic.bytes_sent += memoryview(payload).nbytes
+            case m.PushPullShared():
+                self.traffic.bytes_sent += chunk.nbytes
         awaited = f"answer to push {message.seq} of chunk {chunk.index}"
         # The first one must not wait for credit in ssp, see downpour_server.policy.stale.
         free = self._bounded and message.seq == self._first_seq
