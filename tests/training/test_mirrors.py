@@ -44,8 +44,8 @@ class IdleStream:
 def mirrored(monkeypatch: pytest.MonkeyPatch) -> list[staging.CudaStaging]:
     made: list[staging.CudaStaging] = []
 
-    def make(space: FlatSpace) -> staging.CudaStaging:
-        made.append(staging.CudaStaging(space))
+    def make(space: FlatSpace, rounded: bool = False) -> staging.CudaStaging:
+        made.append(staging.CudaStaging(space, rounded))
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "Stream", IdleStream)
@@ -81,7 +81,7 @@ def test_mirrors_carry_the_same_weights(
     with_mirrors: Any = run_job(body, context).results[0]
     assert mirrored
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(downpour.session, "staging_for", staging.HostStaging)
+        patch.setattr(downpour.session, "staging_for", lambda space, _rounded: staging.HostStaging(space))
         plain: Any = run_job(body, context).results[0]
     assert all(torch.equal(a, b) for a, b in zip(with_mirrors, plain, strict=True))
 

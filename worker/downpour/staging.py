@@ -181,7 +181,7 @@ class CudaStaging:
         self._space = space
         self._stream = torch.cuda.Stream(space.device)
         self._weights = {i: _pinned(flat) for i, flat in space.weights.items()}
-        self._sources = {i: _pinned(flat, pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()}
+        self._sources = {i: _pinned(flat, dtype=pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()}
         self._factors: dict[torch.dtype, torch.Tensor] = {}
         self._holds = False
         self._coming: deque[tuple[Chunk, torch.cuda.Event]] = deque()
