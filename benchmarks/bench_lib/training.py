@@ -62,6 +62,7 @@ TRAINERS = [
     _ours("downpour-1", 1),
     _ours("downpour-async-2", 2),
     _ours("downpour-async-2-2s", 2, "-s", "2"),
+    _ours("downpour-ahead-2", 2, "--set", "fetch_ahead=true"),
     _ours("downpour-ssp-2", 2, "--mode", "ssp:2"),
     _ours("downpour-sync-2", 2, "--mode", "sync"),
     _ours("downpour-sync-2-2s", 2, "--mode", "sync", "-s", "2"),
