@@ -41,7 +41,7 @@ class StoredChunk:
         self._latest: dict[int, torch.Tensor] = {}
         self._windows: dict[int, tuple[int, DedupWindow]] = {}
         self._readers: list[Sent] = []
-        self._state_reader: Sent | None = None
+        self._state_readers: list[Sent] = []
 
     def initialise(self, payload: Buffer) -> None:
         """Take the job's first weights; later calls change nothing."""
@@ -116,12 +116,12 @@ class StoredChunk:
             if not all(r.done for r in self._readers):
                 self.weights = self.weights.clone()
             self._readers = []
-        if self._state_reader is not None and self._rule is not None:
-            if not self._state_reader.done:
+        if self._state_readers and self._rule is not None:
+            if not all(r.done for r in self._state_readers):
                 state = self._rule.state()
                 own = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
                 self._rule.load_state(self.weights, own)
-            self._state_reader = None
+            self._state_readers = []
 
     # ------------------------------------------------------------ where the weights are
 
@@ -146,7 +146,7 @@ class StoredChunk:
         """
         tensors = {"weights": self.weights.clone() if self.lodging else self.weights}
         self.being_read(reader)
-        self._state_reader = reader
+        self._state_readers = [r for r in [*self._state_readers, reader] if not r.done]
         scalars: dict[str, float] = {}
         for name, value in self._rule.state().items() if self._rule else ():
             if isinstance(value, torch.Tensor):

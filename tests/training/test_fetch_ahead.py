@@ -85,6 +85,22 @@ def test_a_push_says_which_version_it_was_computed_on() -> None:
     assert report["staleness"] == {"0": chunks, "1": chunks * (STEPS - 1)}
 
 
+def test_what_a_push_by_hand_has_awaited_is_what_the_next_step_is_computed_on() -> None:
+    def body(session: Session) -> None:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        session.prepare(model, optimizer, [])
+        for step in range(STEPS):
+            loss_of(model, step).backward()
+            optimizer.step()
+            session.push(1)
+
+    report = run_job(body, AHEAD).training.shards[0].report
+    chunks = report["applied"] // (2 * STEPS)
+    # A step misses the push before it, and that push, of the same gradient as the step before it, that step too.
+    assert report["staleness"] == {"0": chunks, "1": chunks * STEPS, "2": chunks * (STEPS - 1)}
+
+
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_with_several_workers_nothing_is_lost_and_gradients_are_the_scripts_own(shared_memory: bool) -> None:
     def count(session: Session) -> torch.Tensor:

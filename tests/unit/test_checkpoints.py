@@ -475,3 +475,20 @@ def test_what_is_being_written_stays_as_it_was_and_costs_a_copy_only_if_an_updat
     place = stored.weights.data_ptr()
     update(3)
     assert stored.weights.data_ptr() == place
+
+
+def test_a_later_snapshot_that_fails_does_not_end_the_care_for_one_that_is_still_written() -> None:
+    (chunk,) = plan(model(tensor("w", 8), rule="Adam", options=[{"lr": 0.1}]), 1, 1 << 20).chunks
+    stored = StoredChunk(chunk, "Adam", {"lr": 0.1})
+
+    def update(step: int) -> None:
+        stored.apply([Contribution(0, step, 1, step, b"", torch.linspace(-1.0, 1.0, 8), ())])
+
+    update(0)
+    written, failed = Reading(), Reading()
+    tensors, _ = stored.capture(written)
+    before = {name: value.clone() for name, value in tensors.items()}
+    stored.capture(failed)
+    failed.done = True
+    update(1)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)

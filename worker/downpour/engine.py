@@ -114,10 +114,12 @@ class Engine:
         self._space.gather_gradients()
         if self._overlap is not None:
             self._overlap.forget()
-        self._land()
+        landed = self._land()
         self._samples = samples
         self.counters.samples += samples
         self._push(self._space.gradients)
+        if landed is not None:
+            self._client.compute_on(landed)
         self.counters.clock += 1
 
     def flush(self) -> None:
@@ -181,7 +183,7 @@ class Engine:
         landed = self._land()
         self.counters.pushes += 1
         self.counters.pulls += 1
-        self._under_way = self._client.begin_push_pull(len(self._chunks), self._staging.mirrors)
+        self._under_way = self._client.begin_push_pull(len(self._chunks))
         for ready in self._staging.outgoing(self._first_needed_first, self._space.gradients):
             self._client.add_push_pull(ready, header, self._under_way)
         if landed is not None:
@@ -193,7 +195,13 @@ class Engine:
         ticket, self._under_way = self._under_way, None
         if ticket is None:
             return None
-        self._place(ticket, len(self._chunks), self.counters.clock - 1)
+        try:
+            ticket.wait()
+        except NonFiniteContribution as error:  # the gradients at hand are another step's, so no name
+            raise _explained(error, self.counters.clock - 1, None) from None
+        for chunk in self._chunks:
+            self._staging.arrived(chunk)
+        self._staging.settle()
         return self._client.fetched()
 
     def _push(self, source: Mapping[int, torch.Tensor]) -> None:
@@ -206,8 +214,8 @@ class Engine:
             raise self._named(error) from None
         self.counters.wait_s += time.perf_counter() - started_s
 
-    def _place(self, ticket: Ticket, count: int, clock: int | None = None) -> None:
-        """Bring answers to the device as they come, then wait for the last. ``clock``: of the step, if not this one."""
+    def _place(self, ticket: Ticket, count: int) -> None:
+        """Bring answers to the device as they come, then wait for the last."""
         if self._staging.mirrors:
             for _ in range(count):
                 answer = ticket.answer()
@@ -218,7 +226,7 @@ class Engine:
         try:
             ticket.wait()
         except NonFiniteContribution as error:
-            raise self._named(error, clock) from None
+            raise self._named(error) from None
         self._staging.settle()
 
     def _header(self) -> PushHeader:
@@ -228,11 +236,13 @@ class Engine:
         self._samples = 0
         return header
 
-    def _named(self, error: NonFiniteContribution, clock: int | None = None) -> NonFiniteContribution:
-        name = self._space.name_non_finite()
-        step = self.counters.clock if clock is None else clock
-        return NonFiniteContribution(
-            f"step {step}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
-            "refused it. Lower the learning rate, clip gradients (torch.nn.utils.clip_grad_norm_), or check the "
-            f"input data. [{error}]"
-        )
+    def _named(self, error: NonFiniteContribution) -> NonFiniteContribution:
+        return _explained(error, self.counters.clock, self._space.name_non_finite())
+
+
+def _explained(error: NonFiniteContribution, clock: int, name: str | None) -> NonFiniteContribution:
+    return NonFiniteContribution(
+        f"step {clock}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
+        "refused it. Lower the learning rate, clip gradients (torch.nn.utils.clip_grad_norm_), or check the "
+        f"input data. [{error}]"
+    )
