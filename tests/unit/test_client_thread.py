@@ -130,6 +130,51 @@ def test_answers_come_piece_by_piece_and_are_let_go_otherwise(network: MemoryNet
     thread.close()
 
 
+def test_a_thread_has_its_answer_while_another_one_goes_on_waiting(network: MemoryNetwork, echo: Echo) -> None:
+    thread = ClientThread(network.client(), CHUNK_BYTES, _ignore)
+    network.server("silent")
+    never = Ticket(1)
+    late = [Submission("silent", m.Pull(thread.number(), "job", 0, 0, 0), never, "weights", 60.0)]
+    thread.submit(late)
+
+    def wait() -> None:
+        with pytest.raises(PeerError, match="closed"):
+            never.wait()
+
+    other = threading.Thread(target=wait)
+    other.start()
+    for _ in range(300):  # each would take until the other's turn ends, a second
+        thread.ask(A, m.Pull(thread.number(), "job", 0, 0, 0), "weights", 20.0)
+    thread.close()
+    other.join(20.0)
+    assert not other.is_alive()
+
+
+def test_a_script_that_sends_all_the_time_and_never_waits_is_told_things(network: MemoryNetwork, echo: Echo) -> None:
+    thread = ClientThread(network.client(), CHUNK_BYTES, _ignore)
+    thread.ask(A, m.Pull(thread.number(), "job", 0, 0, 0), "weights", 20.0)  # has had the turn just now
+    answered, pause = threading.Event(), threading.Event()
+    thread.submit([pull(thread, Ticket(1, lambda _: answered.set()))])
+    for _ in range(1000):
+        if answered.is_set():
+            break
+        thread.name(A, "server")
+        pause.wait(0.005)
+    assert answered.is_set()
+    thread.close()
+
+
+def test_a_fork_of_the_worker_is_told_that_it_is_one(
+    network: MemoryNetwork, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = ClientThread(network.client(), CHUNK_BYTES, _ignore)
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        with pytest.raises(PeerError, match="forked"):
+            thread.ask(A, m.Pull(thread.number(), "job", 0, 0, 0), "weights", 20.0)
+    thread.close()
+
+
 def test_a_failure_in_the_loop_fails_what_waits_whoever_has_the_turn(network: MemoryNetwork) -> None:
     class Broken(MemoryClient):
         def poll(self, timeout_s: float) -> list[tuple[str, Message]]:

@@ -231,14 +231,16 @@ class Line:
             start = ctypes.addressof(owner)
         library, message, flag = self._library, _Message(), _take_flag()
         reference = ctypes.byref(message)
-        if library.init_data(reference, start, view.nbytes, library.note, ctypes.addressof(flag)) < 0:
-            raise MemoryError("libzmq cannot make a message")
         lent = Lent(flag, owner)
+        self._lends.add(lent)  # before libzmq has it: a signal's handler may raise right after a call
+        if library.init_data(reference, start, view.nbytes, library.note, ctypes.addressof(flag)) < 0:
+            flag.value = 0
+            raise MemoryError("libzmq cannot make a message")
         while library.msg_send(reference, self.handle, _DONTWAIT) < 0:
             if (number := ctypes.get_errno()) != errno.EINTR:
                 library.close(reference)
+                assert lent.done
                 raise OSError(number, os.strerror(number))
-        self._lends.add(lent)
         return lent
 
     def _new_message(self) -> _Message:

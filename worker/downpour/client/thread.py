@@ -9,6 +9,7 @@ handing over between threads costs more than a small message does. The turn then
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import time
@@ -32,6 +33,17 @@ otherwise wait for up to Python's 5 ms beside a thread that computes."""
 DEADLINE_MARGIN_S = 5.0
 """The shard's own deadline comes first, because it knows whom the answer is waiting for."""
 
+
+class _Wish:
+    """A thread's wish for the turn. ``look`` tells it to look whether it may have it, or needs it no longer."""
+
+    __slots__ = ("look", "ready")
+
+    def __init__(self, ready: Ready) -> None:
+        self.ready = ready
+        self.look = threading.Event()
+
+
 _Item = Submission | tuple[str, Message] | Callable[[], None]
 
 
@@ -48,8 +60,9 @@ class ClientThread:
         self._said_s = 0.0
         self._ticked_s = time.monotonic()
         self._turn = threading.Lock()
-        self._wanted: deque[None] = deque()
-        """one for each thread that waits for the turn"""
+        self._wanted: list[_Wish] = []
+        """of the threads that wait for the turn"""
+        self._process = os.getpid()
         self._left_s = 0.0
         self._resume = threading.Event()
         self._closing = threading.Event()
@@ -132,47 +145,77 @@ class ClientThread:
     # ------------------------------------------------------------ the turn
 
     def attend(self, ready: Ready, timeout_s: float) -> None:
-        """Take the turn, and go on until ``ready()`` or for at most ``timeout_s``."""
+        """Take the turn, and go on until ``ready()`` or for at most ``timeout_s``.
+
+        Raises :class:`PeerError` in a fork of the worker, where nobody would ever answer.
+        """
+        if os.getpid() != self._process:
+            raise PeerError("worker", "has been forked, and only the process that joined the job can talk to it")
+        if self._closing.is_set():
+            self._thread.join(timeout_s)  # it fails whatever is still awaited, for which it needs the turn
+            return
         until_s = time.monotonic() + timeout_s
         with Shield() as shield:
-            if not self._take_turn(timeout_s):
+            if not self._take_turn(ready, until_s):
                 return
             usual_s = sys.getswitchinterval()
             sys.setswitchinterval(min(usual_s, SWITCH_S))
             try:
-                while not (ready() or shield.struck or self._error):
+                while not (ready() or shield.struck or self._closing.is_set()):
                     left_s = until_s - time.monotonic()
                     if left_s <= 0:
                         break
                     self._turn_once(min(left_s, TICK_S))
+                    self._tell_the_others()
             except Exception as problem:
                 self._fail(_broken(problem))
             except BaseException as problem:  # a signal handler of the script's, between any two instructions
-                self._fail(PeerError("worker", f"was interrupted in a message by {type(problem).__name__}"))
+                self._fail(_interrupted(problem))
                 raise
             finally:
                 sys.setswitchinterval(usual_s)
+                self._left_s = time.monotonic()
                 self._give_turn()
 
-    def _take_turn(self, timeout_s: float) -> bool:
+    def _take_turn(self, ready: Ready, until_s: float) -> bool:
+        """Whether it is had; not if ``ready()`` first, because others receive for everybody."""
         if self._turn.acquire(blocking=False):
             return True
-        self._wanted.append(None)
+        wish = _Wish(ready)
+        self._wanted.append(wish)
         try:
             self._transport.wake()
-            return self._turn.acquire(timeout=timeout_s)
+            while not (ready() or self._closing.is_set()):
+                if self._turn.acquire(blocking=False):
+                    return True
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                wish.look.wait(left_s)
+                wish.look.clear()
+            return False
         finally:
-            self._wanted.pop()
+            self._wanted.remove(wish)
+
+    def _tell_the_others(self) -> None:
+        """That they have what they wait for."""
+        for wish in self._wanted.copy():
+            if wish.ready():
+                wish.look.set()
+
+    def _release_turn(self) -> None:
+        self._turn.release()
+        for wish in self._wanted.copy():
+            wish.look.set()
 
     def _give_turn(self) -> None:
         """What others have put into the inbox meanwhile leaves first: they rely on whoever had the turn."""
         pressing = self._core.pressing
-        self._left_s = time.monotonic()
-        self._turn.release()
+        self._release_turn()
         while self._inbox and self._turn.acquire(blocking=False):
             self._try_to_send()
             pressing = self._core.pressing
-            self._turn.release()
+            self._release_turn()
         if pressing:
             self._resume.set()
 
@@ -190,12 +233,14 @@ class ClientThread:
     def _run(self) -> None:
         """The client's own thread."""
         while not (self._closing.is_set() or self._error):
-            with self._turn:
-                try:
-                    while not (self._wanted or self._closing.is_set() or self._error):
-                        self._turn_once(TICK_S)
-                except Exception as problem:
-                    self._fail(_broken(problem))
+            self._turn.acquire()
+            try:
+                while not (self._wanted or self._closing.is_set() or self._error):
+                    self._turn_once(TICK_S)
+            except Exception as problem:
+                self._fail(_broken(problem))
+            finally:
+                self._release_turn()
             self._park()
         with self._turn:
             self._try_to_send()
@@ -233,6 +278,9 @@ class ClientThread:
             self._send()
         except Exception as problem:
             self._fail(_broken(problem))
+        except BaseException as problem:
+            self._fail(_interrupted(problem))
+            raise
 
     def _send(self) -> None:
         """Take what the inbox holds; what has credit leaves. Once closed, the core refuses each."""
@@ -263,3 +311,7 @@ class ClientThread:
 
 def _broken(problem: Exception) -> DownpourError:
     return PeerError("worker", f"the communication thread failed: {type(problem).__name__}: {problem}")
+
+
+def _interrupted(problem: BaseException) -> DownpourError:
+    return PeerError("worker", f"was interrupted in a message by {type(problem).__name__}")
