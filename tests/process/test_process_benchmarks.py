@@ -22,7 +22,7 @@ def start(box: Box, name: str, *arguments: str) -> Running:
 
 
 def test_training_loops_of_all_kinds(box: Box) -> None:
-    contenders = ["plain", "two-plain", "ddp-gloo", "downpour-1", "downpour-sync-2", "downpour-tcp-async-2"]
+    contenders = ["plain", "ddp-gloo", "downpour-tcp-async-2"]
     wanted = ["--workloads", "tiny-adam", "--runs", "2", "--only", *contenders]
     ended = start(box, "training", *wanted, "--json", "training.json").end(120.0)
     assert ended.code == 0, ended.text
@@ -63,20 +63,3 @@ def test_a_job_that_cannot_start_is_reported_and_the_others_go_on(box: Box) -> N
     assert "out of order" in ended.stdout
     assert "downpour-1 failed" in ended.stdout
     assert "plain failed" not in ended.stdout
-
-
-def test_pushes_beside_a_busy_thread(box: Box) -> None:
-    ended = start(box, "busy", "--mb", "1", "--runs", "2", "--json", "busy.json").end(120.0)
-    assert ended.code == 0, ended.text
-    results = json.loads((box.folder / "busy.json").read_text())["results"]
-    assert set(results) == {"memory", "tcp"}
-    assert all(row["busy_push_gb_per_s"] > 0 and row["loops_per_s"] > 0 for row in results.values())
-
-
-def test_push_and_pull_under_the_launcher_and_with_keys(box: Box) -> None:
-    contenders = ["downpour", "downpour-tcp-2s", "downpour-curve"]
-    wanted = ["--mb", "2", "--runs", "2", "--only", *contenders]
-    ended = start(box, "pushpull", *wanted, "--json", "pushpull.json").end(120.0)
-    assert ended.code == 0, ended.text
-    document = json.loads((box.folder / "pushpull.json").read_text())
-    assert [result["name"] for result in document["results"]] == contenders
