@@ -14,6 +14,7 @@ _SECTION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DO
 
 WORDS = {
     "downpour": "**Downpour, shared memory** (the default on one host)",
+    "downpour-auto": "Downpour, shared memory, as many threads as the default takes",
     "downpour-2s": "Downpour, shared memory, 2 shards",
     "downpour-copied": "Downpour, shared memory, weights copied (`in_place=false`; several workers)",
     "downpour-ipc": "Downpour, payloads over ipc (`shared_memory=false`)",
@@ -36,6 +37,7 @@ WORDS = {
     "ddp-gloo": "DistributedDataParallel over gloo, 2 processes",
     "downpour-1": "**Downpour, 1 worker**",
     "downpour-async-2": "**Downpour, async, 2 workers**",
+    "downpour-ahead-2": "Downpour, async with `fetch_ahead`, 2 workers",
     "downpour-async-2-2s": "Downpour, async, 2 workers, 2 shards",
     "downpour-ssp-2": "Downpour, ssp:2, 2 workers",
     "downpour-sync-2": "**Downpour, sync, 2 workers**",
