@@ -178,6 +178,11 @@ class Running:
             self._changed.notify_all()
 
     @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._process.poll() is not None
+
+    @property
     def text(self) -> str:
         """Everything it has written so far."""
         with self._changed:
@@ -203,8 +208,7 @@ class Running:
         """Look until ``condition`` holds; fails at once when the command ends before."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            ended = self._process.poll() is not None
-            assert not ended, f"ended before {what}:\n{self.text}"
+            assert not self.over, f"ended before {what}:\n{self.text}"
             assert time.monotonic() < deadline_s, f"no {what} within {timeout_s:g} s:\n{self.text}"
             with self._changed:
                 self._changed.wait(0.02)
@@ -245,7 +249,7 @@ class Running:
 
     def abandon(self) -> None:
         """Get rid of the command, however the test ended."""
-        if self._process.poll() is None:
+        if not self.over:
             self._process.kill()
             self._process.wait()
         for reader in self._readers:
@@ -302,7 +306,7 @@ class Box:
 
     def close(self) -> None:
         """End what is left, then assert that nothing was."""
-        hanging = [running.pid for running in self._started if running._process.poll() is None]
+        hanging = [running.pid for running in self._started if not running.over]
         for running in self._started:
             running.abandon()
         late = wait_gone(self.processes(), 0.0 if hanging else GONE_S)
