@@ -125,6 +125,11 @@ class Settings(_Description):
     start_timeout_s: float = Field(300.0, gt=0, description="deadline for all processes to have joined")
     checkpoint_s: float = Field(60.0, ge=0, description="time between checkpoints; 0: only the last one")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept in the run directory")
+    on_nan: Literal["fail", "skip", "quarantine", "rollback"] = Field(
+        "fail",
+        description="a gradient with NaN or Inf: the script fails; it is left out; its worker leaves the job as well; "
+        "the job begins again from its last checkpoint",
+    )
     grace_s: float = Field(5.0, ge=0, description="time between SIGTERM and SIGKILL for a script that is stopped")
 
     @field_validator("chunk_bytes")
@@ -153,7 +158,8 @@ class JobSpec(_Description):
     threads: int = Field(0, ge=0, le=4096, description="OMP_NUM_THREADS of each process; 0: chosen on its host")
     shard_memory: ByteCount = Field(256 << 20, ge=1, lt=1 << 63, description="bytes that a shard needs, for placement")
     seed: int = Field(0, ge=0, lt=1 << 63)
-    restarts: int = Field(0, ge=0, le=1_000_000, description="how often to begin again, or to replace a lost worker")
+    restarts: int = Field(0, ge=0, le=1_000_000, description="how often what is lost is started again")
+    replication: int = Field(1, ge=1, le=2, description="2: each shard has a backup that knows all that is acknowledged")
     out: str = Field("", description="run directory; empty, in a cluster: the coordinator's own place for the job")
     resume: str | None = None
     settings: Settings = Settings()

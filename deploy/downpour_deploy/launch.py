@@ -75,6 +75,7 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         push_dtype=settings.push_dtype,
         fetch_ahead=settings.fetch_ahead,
         in_place=settings.in_place,
+        on_nan=settings.on_nan,
     )
     return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec, place), **context.to_environment()}
 
@@ -99,6 +100,8 @@ def shard_process(
         folder=place.folder,
         upload=place.remote,
         push_dtype=spec.settings.push_dtype,
+        keep_previous=spec.parsed_mode.synchronous and spec.restarts > 0,
+        skip_non_finite=spec.settings.on_nan != "fail",
         keys=place.keys,
     )
     return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec, place), **config.to_environment()}

@@ -35,6 +35,10 @@ class ShardConfig:
     """send snapshots to the coordinator's host instead of keeping them here"""
     push_dtype: str = "same"
     """see :func:`downpour_common.dtypes.pushed_as`"""
+    keep_previous: bool = False
+    """sync: keep each chunk's weights of the round before, from which a worker that was lost can be replaced"""
+    skip_non_finite: bool = False
+    """leave contributions with NaN or Inf out instead of refusing them"""
     keys: dict[str, Any] | None = None
     """``coordinator``: its public key; ``job``: [public, secret] of the job, which also all its workers have;
     ``shards``, ``shard_secret``: the shards' own. None: no encryption, and nobody proves who it is"""

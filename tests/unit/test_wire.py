@@ -180,7 +180,7 @@ CONTRIBUTION_HEX = (
     "c40581a26c7201"  # hyper
 )
 HEADERS: dict[str, tuple[Message, str]] = {
-    "Hello": (m.Hello(7, "j1", 2, 0, "ab"), "96 01 07 a26a31 02 00 a26162"),
+    "Hello": (m.Hello(7, "j1", 2, 0, "ab", 5), "97 01 07 a26a31 02 00 a26162 05"),
     "Push": (m.Push(*CONTRIBUTION), "9c 03" + CONTRIBUTION_HEX),
     "PushPull": (m.PushPull(*CONTRIBUTION), "9c 04" + CONTRIBUTION_HEX),
     "Weights": (m.Weights(128, 70_000, 1 << 40, b"\x00" * 4), "94 12 cc80 ce00011170 cf0000010000000000"),
@@ -229,7 +229,8 @@ def test_tags_and_fields_are_those_of_the_protocol() -> None:
 
 
 def _hello(**fields_: Any) -> bytes:
-    row: dict[str, Any] = {"tag": 1, "request": 7, "job": "j", "slot": 2, "worker_epoch": 0, "digest": "ab", **fields_}
+    start: dict[str, Any] = {"tag": 1, "request": 7, "job": "j", "slot": 2, "worker_epoch": 0}
+    row = {**start, "digest": "ab", "done": -1, **fields_}
     packed: bytes = msgpack.packb(list(row.values()))
     return packed
 
@@ -240,7 +241,7 @@ def _log(values: Any) -> bytes:
 
 
 def _welcome(shards: Any, position: Any) -> bytes:
-    packed: bytes = msgpack.packb([m.Welcome.TAG, 1, shards, False, 0, position, [0]])
+    packed: bytes = msgpack.packb([m.Welcome.TAG, 1, shards, False, 0, position, [0], False])
     return packed
 
 
@@ -266,7 +267,7 @@ BAD: dict[str, list[bytes]] = {
     "tag unknown": [msgpack.packb([99])],
     "tag negative": [msgpack.packb([-1])],
     "too few fields": [msgpack.packb([1, 7, "j", 2, 0])],
-    "too many fields": [msgpack.packb([1, 7, "j", 2, 0, "ab", 0])],
+    "too many fields": [msgpack.packb([1, 7, "j", 2, 0, "ab", 0, 0])],
     "bytes after the array": [_hello() + b"\x00"],
     "cut short": [_hello()[:-1]],
     "never-used byte": [b"\xc1"],

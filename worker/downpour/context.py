@@ -47,6 +47,8 @@ class WorkerContext:
     """the answer to a push is fetched while the next step computes"""
     in_place: bool = True
     """with ``shared_memory``: the servers may keep their weights in this worker's memory while it is the only one"""
+    on_nan: str = "fail"
+    """``fail``: a gradient with NaN or Inf is an error of the script; else the servers leave it out"""
 
     @property
     def parsed_mode(self) -> Mode:

@@ -42,6 +42,11 @@ class SetUpShard(Message):
     TAG = 33
     model: Document
     resume: str
+    recovers: bool = False
+    """it takes the place of a shard that has died, while the job goes on: it starts from its own file of that
+    checkpoint, windows against repeats included"""
+    clock: int = -1
+    """number of the first contribution of the job's first workers; -1: the checkpoint's clock"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,18 @@ class Welcome(Request):
     """(epoch, offset in samples) of the training data to start from"""
     slots: tuple[int, ...]
     """the members' slots, ascending; the first is the chief's"""
+    takes_over: bool = False
+    """sync: this worker goes on where another one in its slot has died; :class:`HelloReply` tells where that was"""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMoved(Message):
+    """To a worker: this shard is another process now. What the former one has not answered is sent to the new one."""
+
+    TAG = 68
+    shard: int
+    shard_epoch: int
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +265,8 @@ class Progress(WorkerNotice):
     bytes_received: int
     wait_s: float
     """time spent waiting for the servers since the start"""
+    shard_epochs: tuple[int, ...] = ()
+    """by shard, as far as the worker knows; what is older is answered by :class:`ShardMoved`"""
 
 
 @dataclass(frozen=True, slots=True)

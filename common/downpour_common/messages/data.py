@@ -23,6 +23,9 @@ class Hello(Request):
     worker_epoch: int
     digest: str
     """hex digest of the worker's ModelSpec"""
+    done: int = -1
+    """to a shard that has taken another's place: number of the first contribution that the former one may not have
+    answered; -1: this worker begins"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +83,33 @@ class PushPull(Contribution):
 @dataclass(frozen=True, slots=True)
 class Pull(Request):
     """Fetch the newest weights of a chunk, once it is initialised. Answered by :class:`Weights`, or
-    :class:`WeightsShared` (see :class:`AttachMemory`)."""
+    :class:`WeightsShared` (see :class:`AttachMemory`).
+
+    With a ``version`` it is answered with the weights of that version, once they are there, and refused as
+    ``stale-seq`` if they are gone.
+    """
 
     TAG = 5
     job: str
     slot: int
     worker_epoch: int
     chunk: int
+    version: int = -1
+    """-1: the newest"""
 
 
 @dataclass(frozen=True, slots=True)
 class EndEpoch(Request):
-    """No more contributions of this worker until every other live one says the same; :class:`Ack` comes then."""
+    """No more contributions of this worker until every other live one says the same; :class:`Ack` comes then, with the
+    shard's round. One for a pass that is over already is answered at once."""
 
     TAG = 6
     job: str
     slot: int
     worker_epoch: int
+    loader: int = 0
+    epoch: int = 0
+    """which pass it is that ends"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +120,8 @@ class Leave(Request):
     job: str
     slot: int
     worker_epoch: int
+    done: int = -1
+    """number that its next contribution would have had; all before were answered. -1: not known"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +196,14 @@ class HelloReply(Request):
     shard: int
     shard_epoch: int
     clock: int
-    """the next seq that the shard expects of a worker"""
+    """the next seq that the shard expects of a worker; sync: the lowest over its chunks"""
+    position: tuple[int, ...] = ()
+    """sync, to a worker that takes over: of the training data before its contribution ``clock``, as that worker's
+    predecessor has told it; empty: it has contributed nothing yet"""
+    buffers: int = 0
+    """the next seq that the shard expects in this worker's contributions to buffers, the lowest over its chunks"""
+    ended: tuple[int, ...] = ()
+    """(loader, epoch) of the pass whose :class:`EndEpoch` this slot has sent last; empty: none"""
 
 
 @dataclass(frozen=True, slots=True)
