@@ -7,7 +7,6 @@ of samples. Prints a table and writes JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from bench_lib.documents import write_document
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MODES = ["one process", "async", "async n_push=5 n_fetch=10", "ssp:2", "sync"]
@@ -65,7 +66,7 @@ def main() -> None:
             table.add_row(script, *cells)
     Console(width=200).print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_document(Path(args.json), results)
 
 
 if __name__ == "__main__":

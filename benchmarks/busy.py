@@ -7,7 +7,6 @@ Python, over shared memory and over TCP; and that thread's loops a second with a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.busy import BusyJob
+from bench_lib.documents import write_document
 
 WAYS = {"memory": (), "tcp": ("--set", "transport=tcp")}
 REPEATS = 5
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             "results": rows,
             "failed": outcome.failed,
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_document(options.json, document)
     return 1 if outcome.failed else 0
 
 

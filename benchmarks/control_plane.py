@@ -7,7 +7,6 @@ A real coordinator with keys runs in a process of its own on this machine. Each 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench_lib.documents import write_document
 from downpour_common import messages as m
 from downpour_common.keys import ClientKeys, load_pair, load_public
 from downpour_common.transport.zeromq import ZmqClient
@@ -152,7 +152,7 @@ def main() -> int:
         print(f"{name:<56} median {statistics.median(times):8.4f}  min {min(times):8.4f}  max {max(times):8.4f}")
     if options.json:
         document = {"runs": options.runs, "cores": os.cpu_count(), "results": results}
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(Path(options.json), document)
     return 0
 
 

@@ -7,7 +7,6 @@ state + one round buffer for each open contribution + 200 MB. benchmarks/README.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Set
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import MB, ContenderError
+from bench_lib.documents import write_document
 from bench_lib.peaks import Peak, Watch
 from bench_lib.training import Optimizer, Trainer, TrainingContender, Workload
 from downpour_common.config import Settings
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             "settings": {"model_bytes": MODEL_BYTES, "steps": options.steps},
             "results": [{**asdict(r), "worker_passed": r.passed[0], "shard_passed": r.passed[1]} for r in rows],
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_document(options.json, document)
     return 0
 
 

@@ -58,21 +58,21 @@ def _adam(name: str, spec: Spec) -> Contender:
 
 
 def _zmq_ipc(name: str, spec: Spec) -> Contender:
-    from bench_lib.streams import StreamContender
+    from bench_lib.streams import stream
 
-    return StreamContender(name, spec, "ipc")
+    return stream(name, spec, "ipc")
 
 
 def _zmq_tcp(name: str, spec: Spec) -> Contender:
-    from bench_lib.streams import StreamContender
+    from bench_lib.streams import stream
 
-    return StreamContender(name, spec, "tcp")
+    return stream(name, spec, "tcp")
 
 
 def _zmq_tcp_echo(name: str, spec: Spec) -> Contender:
-    from bench_lib.streams import EchoContender
+    from bench_lib.streams import echo
 
-    return EchoContender(name, spec, "tcp")
+    return echo(name, spec, "tcp")
 
 
 def _torch_rpc(name: str, spec: Spec) -> Contender:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +10,7 @@ from typing import Any
 
 from bench_lib.contender import Entry, Group
 from bench_lib.contenders import REFERENCE
+from bench_lib.documents import write_document
 from bench_lib.machine import ONE_THREAD, Machine
 from bench_lib.runner import Outcome
 
@@ -99,6 +98,4 @@ def write_json(results: Results, path: Path) -> None:
         "child_environment": ONE_THREAD,
         **asdict(results),
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(partial, path)
+    write_document(path, document)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_lib.contender import ContenderError
+from bench_lib.documents import write_document
 from bench_lib.machine import Machine, look
 from downpour_common.process import die_with_parent, prepare_child
 
@@ -156,7 +157,4 @@ def _phases(events: Sequence[tuple[str, str, float, float, float]], bounds: Sequ
 
 def write_json(profile: Profile, path: Path) -> None:
     """Replaces the file in one step."""
-    document = {"schema": SCHEMA, "benchmark": "profile", **asdict(profile)}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(partial, path)
+    write_document(path, {"schema": SCHEMA, "benchmark": "profile", **asdict(profile)})

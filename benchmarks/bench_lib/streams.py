@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import zmq
 
-from bench_lib.child import RunOnce, Tell
+from bench_lib.child import RunOnce, Tell, Worker
 from bench_lib.contender import MB, ContenderError, Spec
 from bench_lib.crew import Crew
 
@@ -27,48 +27,35 @@ BEGIN, READY = b"begin", b"ready"
 Transport = Literal["ipc", "tcp"]
 
 
-class StreamContender:
-    """Sender and receiver, one process each."""
+class PairContender:
+    """Two processes of one connection: ``binds`` runs in the one that listens, ``connects`` in the one that times."""
 
-    def __init__(self, name: str, spec: Spec, transport: Transport) -> None:
+    def __init__(self, name: str, spec: Spec, transport: Transport, binds: Worker, connects: Worker) -> None:
         self.name = name
         self._spec = spec
         self._transport = transport
+        self._binds, self._connects = binds, connects
         self._crew = Crew(name, spec.timeout_s)
 
     def start(self) -> None:
         common = (self._spec.payload_bytes, round(self._spec.timeout_s * 1000))
-        self._crew.spawn("receiver", receiver_worker, _bind_address(self._transport), *common)
-        self._crew.spawn("sender", sender_worker, self._crew.hear("receiver"), *common)
+        self._crew.spawn("listening", self._binds, _bind_address(self._transport), *common)
+        self._crew.spawn("timing", self._connects, self._crew.hear("listening"), *common)
         self._crew.await_ready()
 
     def run_once(self) -> float:
-        return self._crew.run_once()["sender"]
+        return self._crew.run_once()["timing"]
 
     def close(self) -> None:
         self._crew.close()
 
 
-class EchoContender:
-    """One that asks and one that answers, a process each."""
+def stream(name: str, spec: Spec, transport: Transport) -> PairContender:
+    return PairContender(name, spec, transport, receiver_worker, sender_worker)
 
-    def __init__(self, name: str, spec: Spec, transport: Transport) -> None:
-        self.name = name
-        self._spec = spec
-        self._transport = transport
-        self._crew = Crew(name, spec.timeout_s)
 
-    def start(self) -> None:
-        common = (self._spec.payload_bytes, round(self._spec.timeout_s * 1000))
-        self._crew.spawn("answering", answering_worker, _bind_address(self._transport), *common)
-        self._crew.spawn("asking", asking_worker, self._crew.hear("answering"), *common)
-        self._crew.await_ready()
-
-    def run_once(self) -> float:
-        return self._crew.run_once()["asking"]
-
-    def close(self) -> None:
-        self._crew.close()
+def echo(name: str, spec: Spec, transport: Transport) -> PairContender:
+    return PairContender(name, spec, transport, answering_worker, asking_worker)
 
 
 def _bind_address(transport: Transport) -> str:

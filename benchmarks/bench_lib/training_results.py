@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench_lib.documents import write_document
 from bench_lib.machine import Machine
 from bench_lib.runner import Outcome
 from bench_lib.training import Trainer, Workload
@@ -148,6 +148,4 @@ def write_json(sections: list[Section], path: Path) -> None:
         if (before.get("schema"), before.get("benchmark")) == (SCHEMA, "training"):
             document = before
     document["sections"].update({section.workload.name: asdict(section) for section in sections})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(partial, path)
+    write_document(path, document)

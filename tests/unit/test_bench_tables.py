@@ -137,8 +137,8 @@ def test_plots_are_drawn_and_the_same_twice(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps(training()))
     (tmp_path / "pushpull.json").write_text((BENCHMARKS / "results" / "pushpull.json").read_text())
     pictures = []
+    plots = str(BENCHMARKS / "plots.py")
     for out in ("one", "two"):
-        plots = str(BENCHMARKS / "plots.py")
         done = run("-W", "error", plots, "--results", str(tmp_path), "--out", str(tmp_path / out))
         assert done.returncode == 0, done.stderr
         pictures.append({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()})

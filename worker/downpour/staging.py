@@ -80,17 +80,13 @@ class Staging(Protocol):
         """Order all arrived weights before what the caller does next."""
 
 
-class HostStaging:
-    """For models on the CPU: no copies at all."""
+class HostMemory:
+    """Flat host tensors by segment: of ``weights``, and of ``sources``, from which contributions leave."""
 
-    mirrors = False
-
-    def __init__(self, space: FlatSpace) -> None:
+    def __init__(self, space: FlatSpace, weights: dict[int, torch.Tensor], sources: dict[int, torch.Tensor]) -> None:
         self._space = space
-        self._weights = dict(space.weights)
-        self._sources: dict[int, torch.Tensor] = dict(space.gradients)
-        self._brought: list[Chunk] = []
-        self._current: set[int] = set()
+        self._weights = weights
+        self._sources = sources
 
     def weights(self, chunk: Chunk) -> memoryview:
         """See :class:`Staging`."""
@@ -104,6 +100,17 @@ class HostStaging:
         """See :class:`Staging`."""
         self._weights.update(flats)
         self._sources.update(flats)
+
+
+class HostStaging(HostMemory):
+    """For models on the CPU: no copies at all."""
+
+    mirrors = False
+
+    def __init__(self, space: FlatSpace) -> None:
+        super().__init__(space, dict(space.weights), dict(space.gradients))
+        self._brought: list[Chunk] = []
+        self._current: set[int] = set()
 
     def outgoing(
         self, chunks: Sequence[Chunk], source: Mapping[int, torch.Tensor], current: Set[int] = _NONE
@@ -147,13 +154,13 @@ class HostStaging:
         """See :class:`Staging`."""
 
 
-class RoundingStaging(HostStaging):
-    """For models on the CPU whose fp32 gradients are sent as bfloat16."""
+class CopyingStaging(HostStaging):
+    """For models on the CPU whose gradients leave from memory of their own, ``rounded``: fp32 as bfloat16."""
 
-    def __init__(self, space: FlatSpace) -> None:
+    def __init__(self, space: FlatSpace, rounded: bool) -> None:
         super().__init__(space)
         self._sources = {
-            i: torch.empty_like(flat, dtype=pushed_dtype(flat, True)) for i, flat in space.gradients.items()
+            i: torch.empty_like(flat, dtype=pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()
         }
 
     def outgoing(
@@ -172,33 +179,22 @@ class RoundingStaging(HostStaging):
         super().bring(chunk)
 
 
-class CudaStaging:
+class CudaStaging(HostMemory):
     """For models on a GPU: pinned mirrors and a side stream."""
 
     mirrors = True
 
     def __init__(self, space: FlatSpace, rounded: bool = False) -> None:
-        self._space = space
+        super().__init__(
+            space,
+            {i: _pinned(flat) for i, flat in space.weights.items()},
+            {i: _pinned(flat, dtype=pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()},
+        )
         self._stream = torch.cuda.Stream(space.device)
-        self._weights = {i: _pinned(flat) for i, flat in space.weights.items()}
-        self._sources = {i: _pinned(flat, dtype=pushed_dtype(flat, rounded)) for i, flat in space.gradients.items()}
         self._factors: dict[torch.dtype, torch.Tensor] = {}
         self._holds = False
         self._coming: deque[tuple[Chunk, torch.cuda.Event]] = deque()
         self._prints: dict[int, tuple[Chunk, torch.Tensor]] = {}
-
-    def weights(self, chunk: Chunk) -> memoryview:
-        """See :class:`Staging`."""
-        return host_bytes(self._space.of(self._weights, chunk))
-
-    def gradient(self, chunk: Chunk) -> memoryview:
-        """See :class:`Staging`."""
-        return host_bytes(self._space.of(self._sources, chunk))
-
-    def lend(self, flats: Mapping[int, torch.Tensor]) -> None:
-        """See :class:`Staging`."""
-        self._weights.update(flats)
-        self._sources.update(flats)
 
     def outgoing(
         self, chunks: Sequence[Chunk], source: Mapping[int, torch.Tensor], current: Set[int] = _NONE
@@ -310,4 +306,4 @@ def staging_for(space: FlatSpace, rounded: bool = False) -> Staging:
     """The staging for the device of ``space``; ``rounded``: fp32 gradients are sent as bfloat16."""
     if space.device.type == "cuda":
         return CudaStaging(space, rounded)
-    return RoundingStaging(space) if rounded else HostStaging(space)
+    return CopyingStaging(space, rounded) if rounded else HostStaging(space)
