@@ -27,6 +27,7 @@ import pytest
 from gone import wait_gone
 
 SCRIPTS = Path(__file__).parent / "scripts"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MARK = "DOWNPOUR_TEST_MARK"
 PROMPT_S = 30.0
 """A failed job must have ended by then."""
@@ -291,6 +292,10 @@ class Box:
         running = Running(command, self.folder, self.environment(**environment), out)
         self._started.append(running)
         return running
+
+    def benchmark(self, name: str, *arguments: str, **environment: str) -> Running:
+        """``benchmarks/NAME.py ARGUMENTS`` in the folder."""
+        return self.command([sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments], self.folder, **environment)
 
     def run(self, *arguments: str, out: str | Path = "out", **environment: str) -> Ended:
         """:meth:`start`, then wait for the end."""

@@ -31,6 +31,8 @@ AGENTS: dict[str, tuple[str, ...]] = {
 NODE_TIMEOUT_S = 3.0
 GRACE_S = 2.0
 GATE = 10
+RANKS = 2
+"""Workers of ``numbered.py``."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def run_alone(cluster: Hosts, out: Path, workers: int, script: Path, *arguments:
 def numbered_alone(running: Hosts, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What ``numbered.py --steps 60`` comes to when nothing happens to it."""
     folder = tmp_path_factory.mktemp("alone")
-    return run_alone(running, folder / "out", 3, SCRIPTS / "numbered.py", folder / "notes", "--steps", 60)
+    return run_alone(running, folder / "out", RANKS, SCRIPTS / "numbered.py", folder / "notes", "--steps", 60)
 
 
 def all_there(folder: Path, name: str, ranks: int) -> None:
@@ -97,14 +99,15 @@ def where(document: dict[str, Any], role: str) -> set[str]:
 
 
 def test_training_on_five_hosts_gives_the_weights_of_one(cluster: Hosts, tmp_path: Path) -> None:
-    examples = tmp_path / "examples"
-    shutil.copytree(EXAMPLES, examples, ignore=shutil.ignore_patterns("__pycache__"))
-    script, options = examples / "digits_mlp.py", ["--epochs", "2", "--batch-size", "64"]
+    folder = tmp_path / "code"
+    folder.mkdir()
+    script = Path(shutil.copy(EXAMPLES / "char_transformer.py", folder))  # its weights are tied
+    options = ["--steps", "4", "--max-chars", "20000", "--batch-size", "8", "--width", "32", "--layers", "1"]
     alone = run_alone(cluster, tmp_path / "alone", 3, script, *options)
     cut = ["-w", "3", "-s", "2", "--mode", "sync", "--threads", "1", "--follow"]
     ended = cluster.cli("submit", *cut, str(script), *options)
-    assert "final test accuracy" in ended.stdout
-    [document] = [j for j in cluster.ask(lambda client: client.jobs()) if j["name"] == "digits-mlp"]
+    assert "final validation loss" in ended.stdout
+    [document] = [j for j in cluster.ask(lambda client: client.jobs()) if j["name"] == "char-transformer"]
     document = cluster.describe(document["job"])
     assert (document["state"], document["exit_code"]) == ("SUCCEEDED", 0)
     assert where(document, "server") == set(SERVERS)
@@ -114,32 +117,16 @@ def test_training_on_five_hosts_gives_the_weights_of_one(cluster: Hosts, tmp_pat
     assert weights(tmp_path / "got" / "model.safetensors") == alone
 
 
-def test_a_transformer_with_tied_weights_too(cluster: Hosts, tmp_path: Path) -> None:
-    folder = tmp_path / "code"
-    folder.mkdir()
-    script = Path(shutil.copy(EXAMPLES / "char_transformer.py", folder))
-    options = ["--steps", "4", "--max-chars", "20000", "--batch-size", "8", "--width", "32", "--layers", "1"]
-    alone = run_alone(cluster, tmp_path / "alone", 2, script, *options)
-    job = cluster.submit(script, *options, workers=2, shards=2, mode="sync")
-    cluster.ended(job)
-    assert "final validation loss" in cluster.log(job, "worker-0")
-    assert weights(cluster.files(job) / "model.safetensors") == alone
-
-
 def test_a_job_does_not_notice_that_another_crashes(
     cluster: Hosts, code: Path, tmp_path: Path, numbered_alone: bytes
 ) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
-    fields = {"workers": 3, "shards": 2, "mode": "sync"}
+    fields = {"workers": RANKS, "shards": 2, "mode": "sync"}
     one = cluster.submit(code / "numbered.py", good, "--steps", 60, "--gate", GATE, **fields)
-    other = cluster.submit(code / "numbered.py", bad, "--steps", 60, "--crash", "1,15", workers=2, mode="sync")
-    all_there(good, "reached", 3)
+    other = cluster.submit(code / "numbered.py", bad, "--steps", 60, "--crash", "0,15", workers=1, mode="sync")
+    all_there(good, "reached", RANKS)
     document = cluster.ended(other, "FAILED")
-    assert (document["reason"], document["failure"]["role"], document["failure"]["index"]) == (
-        "SCRIPT_FAILED",
-        "worker",
-        1,
-    )
+    assert (document["reason"], document["failure"]["role"]) == ("SCRIPT_FAILED", "worker")
     assert document["failure"]["host"] in WORKERS
     assert "RuntimeError: the cat sat on the keyboard" in document["failure"]["details"]
     (good / "go").touch()
@@ -154,29 +141,29 @@ def test_nothing_is_lost_when_the_coordinator_is_killed(
     cluster: Hosts, code: Path, tmp_path: Path, numbered_alone: bytes
 ) -> None:
     notes = tmp_path / "notes"
-    fields = {"workers": 3, "shards": 2, "mode": "sync", "settings": {"checkpoint_s": 1}}
+    fields = {"workers": RANKS, "shards": 2, "mode": "sync", "settings": {"checkpoint_s": 1}}
     job = cluster.submit(code / "numbered.py", notes, "--steps", 60, "--gate", GATE, **fields)
-    all_there(notes, "reached", 3)
+    all_there(notes, "reached", RANKS)
     assert cluster.coordinator is not None
     cluster.coordinator.kill()
     (notes / "go").touch()
-    all_there(notes, "past", 3)  # training goes on without the coordinator
+    all_there(notes, "past", RANKS)  # training goes on without the coordinator
     begun_s = time.monotonic()
     cluster.start_coordinator()
     ready_s = time.monotonic() - begun_s
     document = cluster.ended(job)
     print(f"FIGURE coordinator ready {ready_s:.2f} s after its start, job over {time.monotonic() - begun_s:.2f} s")
     assert weights(cluster.files(job) / "model.safetensors") == numbered_alone
-    for rank in range(3):
+    for rank in range(RANKS):
         lines = [f"line {step} of rank {rank}" for step in range(1, 61)]
         expected = [f"rank {rank} begins at step 0", *lines, f"rank {rank} is done"]
         assert cluster.log(job, f"worker-{rank}").splitlines() == expected
     rows = Counter((row["worker"], row["step"]) for row in cluster.metrics(job))
-    assert rows == Counter({(rank, step): 1 for rank in range(3) for step in range(1, 61)})
+    assert rows == Counter({(rank, step): 1 for rank in range(RANKS) for step in range(1, 61)})
     assert (document["clock"], document["restarts"], document["warnings"]) == (60, 0, [])
     assert {(p["role"], p["index"], p["state"], p["exit_code"]) for p in document["processes"]} == {
         *(("server", i, "ended", 0) for i in range(2)),
-        *(("worker", i, "ended", 0) for i in range(3)),
+        *(("worker", i, "ended", 0) for i in range(RANKS)),
     }
     assert f"{job}  SUCCEEDED" in cluster.cli("status", job).stdout
 
@@ -189,10 +176,10 @@ def test_within_five_seconds_of_cancel_no_process_is_left_on_any_host(
 ) -> None:
     notes = tmp_path / "notes"
     options = ["--steps", 1 << 30, "--deaf", "--child", "--slow", 0.02]
-    job = cluster.submit(code / "numbered.py", notes, *options, workers=3, shards=2, settings={"grace_s": 30})
+    job = cluster.submit(code / "numbered.py", notes, *options, workers=2, shards=1, settings={"grace_s": 30})
     cluster.running(job)
     pids = cluster.all_of(job)
-    assert len(pids) == 8  # three workers with a child each, two shards
+    assert len(pids) == 5  # two workers with a child each, one shard
     begun_s = time.monotonic()
     cluster.ask(lambda client: client.cancel(job))
     assert not wait_gone(pids, 5.0)  # five seconds are what is promised
@@ -232,7 +219,7 @@ def test_a_host_that_is_cut_off_ends_the_job_with_its_name(
 
 def test_a_worker_whose_host_is_cut_off_is_replaced(cluster: Hosts, code: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
-    fields = {"workers": 2, "shards": 2, "mode": "async", "restarts": 1}
+    fields = {"workers": 2, "shards": 1, "mode": "async", "restarts": 1}
     job = cluster.submit(code / "numbered.py", notes, "--steps", 60, "--gate", GATE, **fields)
     all_there(notes, "reached", 2)
     slot = next(p["index"] for p in cluster.describe(job)["processes"] if p["node"] == "w2")
@@ -254,9 +241,9 @@ def test_a_worker_whose_host_is_cut_off_is_replaced(cluster: Hosts, code: Path, 
 
 def test_a_job_begins_again_when_the_agent_of_a_server_was_killed(cluster: Hosts, code: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
-    fields = {"workers": 2, "shards": 2, "mode": "sync", "restarts": 1, "settings": {"grace_s": GRACE_S}}
+    fields = {"workers": 1, "shards": 2, "mode": "sync", "restarts": 1, "settings": {"grace_s": GRACE_S}}
     job = cluster.submit(code / "numbered.py", notes, "--steps", 30, "--gate", GATE, **fields)
-    all_there(notes, "reached", 2)
+    all_there(notes, "reached", 1)
     pid = cluster.processes(job)["server/1"]
     cluster.agents["s2"].kill()
     assert not wait_gone([pid], PATIENCE_S)  # a shard dies with its agent
@@ -295,23 +282,6 @@ def test_a_host_is_drained_and_every_sample_is_trained_once(cluster: Hosts, code
     seen = Counter(line for path in notes.glob("ids-*") for line in path.read_text().splitlines())
     assert seen == Counter({f"{epoch} {number}": 1 for epoch in range(2) for number in range(197)})
     cluster.start_agents({"w1": AGENTS["w1"]})
-
-
-def test_who_does_without_keys_between_hosts_is_warned_at_every_start(cluster: Hosts) -> None:
-    data = ["--data-dir", str(cluster.folder / "data-open")]
-    where = ["--bind", "10.77.1.1:7071", "--security", "none"]
-    for _ in range(2):
-        open_ = cluster.spawn("open", ["coordinator", "start", *where, *data], "coordinator")
-        open_.line("WARNING: no keys, no encryption")
-        open_.line("coordinator ready: 10.77.1.1:7071")
-        open_.kill()
-    for role in ("server", "worker"):  # and a coordinator with keys does not let such an agent in
-        options = ["--join", cluster.address, "--security", "none", "--name", "naked"]
-        naked = cluster.spawn("naked", [role, "start", *options], "w1").end()
-        assert naked.code == 77
-        assert "WARNING: --security none" in naked.stderr
-        assert "does not accept our key" in naked.stderr
-    assert not cluster.node("naked")
 
 
 def test_the_machines_own_network_is_as_before(cluster: Hosts) -> None:

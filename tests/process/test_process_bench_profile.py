@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,12 +12,10 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
-PROFILE = Path(__file__).parents[2] / "benchmarks" / "profile.py"
-
 
 def test_both_sides_of_a_job_are_profiled(box: Box) -> None:
     arguments = ["--model", "tiny", "-w", "2", "--mode", "sync", "--steps", "8", "--warmup", "2", "--json", "p.json"]
-    ended = box.command([sys.executable, str(PROFILE), *arguments], box.folder).end()
+    ended = box.benchmark("profile", *arguments).end()
     assert ended.code == 0, ended.text
     document = json.loads((box.folder / "p.json").read_text())
     assert document["missing"] == []
@@ -31,6 +27,6 @@ def test_both_sides_of_a_job_are_profiled(box: Box) -> None:
 
 
 def test_a_job_that_fails_is_told(box: Box) -> None:
-    ended = box.command([sys.executable, str(PROFILE), "--model", "tiny", "--set", "chunk_bytes=1"], box.folder).end()
+    ended = box.benchmark("profile", "--model", "tiny", "--set", "chunk_bytes=1").end()
     assert ended.code == 1
     assert "chunk_bytes" in ended.text

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Box, Running
+    from conftest import Box
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def start(box: Box, name: str, *arguments: str) -> Running:
-    return box.command([sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments], box.folder)
-
 
 def test_pushes_beside_a_busy_thread(box: Box) -> None:
-    ended = start(box, "busy", "--mb", "1", "--runs", "2", "--json", "busy.json").end(120.0)
+    ended = box.benchmark("busy", "--mb", "1", "--runs", "1", "--json", "busy.json").end(120.0)
     assert ended.code == 0, ended.text
     results = json.loads((box.folder / "busy.json").read_text())["results"]
     assert set(results) == {"memory", "tcp"}
@@ -31,8 +23,8 @@ def test_pushes_beside_a_busy_thread(box: Box) -> None:
 
 def test_push_and_pull_under_the_launcher_and_with_keys(box: Box) -> None:
     contenders = ["downpour-tcp-2s", "downpour-curve"]
-    wanted = ["--mb", "2", "--runs", "2", "--only", *contenders]
-    ended = start(box, "pushpull", *wanted, "--json", "pushpull.json").end(120.0)
+    wanted = ["--mb", "2", "--runs", "1", "--only", *contenders]
+    ended = box.benchmark("pushpull", *wanted, "--json", "pushpull.json").end(120.0)
     assert ended.code == 0, ended.text
     document = json.loads((box.folder / "pushpull.json").read_text())
     assert [result["name"] for result in document["results"]] == contenders

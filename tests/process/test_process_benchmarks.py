@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Box, Running
+    from conftest import Box
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def start(box: Box, name: str, *arguments: str) -> Running:
-    return box.command([sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments], box.folder)
-
 
 def test_training_loops_of_all_kinds(box: Box) -> None:
-    contenders = ["plain", "ddp-gloo", "downpour-tcp-async-2"]
+    contenders = ["plain", "downpour-tcp-async-2"]
     wanted = ["--workloads", "tiny-adam", "--runs", "2", "--only", *contenders]
-    ended = start(box, "training", *wanted, "--json", "training.json").end(120.0)
+    ended = box.benchmark("training", *wanted, "--json", "training.json").end(120.0)
     assert ended.code == 0, ended.text
     section = json.loads((box.folder / "training.json").read_text())["sections"]["tiny-adam"]
     assert section["failed"] == {}
@@ -34,7 +26,7 @@ def test_training_loops_of_all_kinds(box: Box) -> None:
 
 def test_killed_in_the_middle_no_contender_outlives_it(box: Box) -> None:
     wanted = ["--workloads", "tiny-adam", "--runs", "100000", "--only", "ddp-gloo", "downpour-sync-2"]
-    running = start(box, "training", *wanted)
+    running = box.benchmark("training", *wanted)
     running.wait_line("round 2 of")
     box.leaves_runtime_folder = True
     running.kill()
@@ -44,7 +36,7 @@ def test_killed_in_the_middle_no_contender_outlives_it(box: Box) -> None:
 
 def test_ctrl_c_ends_the_contenders(box: Box) -> None:
     wanted = ["--workloads", "tiny-adam", "--runs", "100000", "--only", "two-plain", "downpour-1"]
-    running = start(box, "training", *wanted)
+    running = box.benchmark("training", *wanted)
     running.wait_line("round 2 of")
     running.interrupt()
     ended = running.end(60.0)
@@ -57,8 +49,7 @@ def test_a_job_that_cannot_start_is_reported_and_the_others_go_on(box: Box) -> N
     broken = {"PYTHONPATH": str(box.folder / "broken")}
     (box.folder / "broken" / "downpour_deploy").mkdir(parents=True)
     (box.folder / "broken" / "downpour_deploy" / "__init__.py").write_text("raise SystemExit('out of order')\n")
-    command = [sys.executable, str(BENCHMARKS / "training.py"), *wanted]
-    ended = box.command(command, box.folder, **broken).end(60.0)
+    ended = box.benchmark("training", *wanted, **broken).end(60.0)
     assert ended.code == 1
     assert "out of order" in ended.stdout
     assert "downpour-1 failed" in ended.stdout

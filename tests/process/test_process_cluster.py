@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
 AGENTS: dict[str, tuple[str, ...]] = {"s1": ("server",), "w1": ("worker", "--slots", "3", "--label", "zone=a")}
 ENDLESS = 1 << 30
+STEPS = 200
 ID = r"numbered-[0-9a-f]{6}"
 
 
@@ -70,11 +71,11 @@ def states(cluster: Cluster, *jobs: str) -> list[str]:
 
 
 def test_a_job_from_submit_to_get(cluster: Cluster, script: Path, notes: Path, tmp_path: Path) -> None:
-    options = ["-w", "2", "-s", "2", "--mode", "sync", "--threads", "1", "--set", "checkpoint_s=0"]
+    options = ["-w", "2", "--mode", "sync", "--threads", "1", "--set", "checkpoint_s=0"]
     ended = cluster.cli("submit", *options, str(script), str(notes), "--steps", "4")
     job = ended.stdout.strip()
     assert job.startswith("numbered-")
-    assert f"job {job}: 2 workers, 2 shards, mode sync" in ended.stderr
+    assert f"job {job}: 2 workers, 1 shard, mode sync" in ended.stderr
     cluster.cli("wait", job, code=0)
     shown = cluster.cli("status", job).stdout
     assert f"{job}  SUCCEEDED" in shown
@@ -225,20 +226,21 @@ def test_jobs_wait_for_their_turn(cluster: Cluster, script: Path, notes: Path) -
     large = cluster.cli("submit", "-w", "4", "--anyway", str(script), str(notes)).stdout.strip()
     assert states(cluster, first, large) == ["RUNNING", "PENDING"]
     cluster.cli("cancel", large)
+    assert states(cluster, second, third) == ["PENDING", "PENDING"]
+    cluster.cli("cancel", third)
     (notes / "1" / "go").touch()
-    ends = [cluster.ended(job) for job in (first, second, third)]
-    assert ends[0]["started_s"] < ends[1]["started_s"] <= ends[2]["started_s"]
+    ends = [cluster.ended(job) for job in (first, second)]
+    assert ends[0]["started_s"] < ends[1]["started_s"]
 
 
 # ---------------------------------------------------------------- more and fewer workers
 
 
-@pytest.mark.parametrize(("mode", "most"), [("async", 3), ("sync", 2)])
-def test_a_job_is_scaled_up_and_down(cluster: Cluster, script: Path, notes: Path, mode: str, most: int) -> None:
-    job = cluster.submit(script, notes, "--steps", ENDLESS, "--until-go", "--slow", 0.002, mode=mode)
+def test_a_job_is_scaled_up_and_down(cluster: Cluster, script: Path, notes: Path) -> None:
+    job = cluster.submit(script, notes, "--steps", ENDLESS, "--until-go", "--slow", 0.002, mode="sync")
     cluster.running(job)
-    assert f"{most} workers wanted" in cluster.cli("scale", job, "-w", str(most)).stdout
-    clock = cluster.wait(job, lambda d: d["workers"]["live"] == most, "more workers")["clock"]
+    assert "2 workers wanted" in cluster.cli("scale", job, "-w", "2").stdout
+    clock = cluster.wait(job, lambda d: d["workers"]["live"] == 2, "more workers")["clock"]
     cluster.wait(job, lambda d: d["clock"] > clock + 5, "progress of all")
     cluster.ask(lambda client: client.scale(job, 1))
     clock = cluster.wait(job, lambda d: d["workers"]["live"] == 1, "one worker")["clock"]
@@ -253,29 +255,27 @@ def test_a_job_is_scaled_up_and_down(cluster: Cluster, script: Path, notes: Path
 # ---------------------------------------------------------------- what is lost is started again
 
 
-@pytest.mark.parametrize("victim", ["worker/1", "server/0"])
 def test_a_job_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
-    cluster: Cluster, script: Path, notes: Path, victim: str, undisturbed: bytes
+    cluster: Cluster, script: Path, notes: Path, tmp_path: Path
 ) -> None:
     settings = {"checkpoint_s": 0.3, "grace_s": 1}
     fields = {"workers": 2, "mode": "sync", "restarts": 1, "settings": settings}
-    job = cluster.submit(script, notes, "--steps", 300, "--slow", 0.01, **fields)
+    job = cluster.submit(script, notes, "--steps", STEPS, "--slow", 0.01, **fields)
     cluster.wait(job, lambda d: d["checkpoints"], "checkpoint")
-    os.kill(cluster.processes(job)[victim], signal.SIGKILL)
+    os.kill(cluster.processes(job)["server/0"], signal.SIGKILL)
     document = cluster.ended(job)
     assert document["restarts"] == 1
     assert any("killed by signal 9" in text for text in document["warnings"])
     begun = int(cluster.log(job, "worker-0.1").splitlines()[0].removeprefix("rank 0 begins at step "))
-    assert 0 < begun < 300
-    assert weights(cluster.files(job) / "model.safetensors") == undisturbed
+    assert 0 < begun < STEPS
+    assert weights(cluster.files(job) / "model.safetensors") == undisturbed(cluster, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(running: Cluster, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What two workers in sync come to in 300 steps on this machine alone."""
-    folder = tmp_path_factory.mktemp("alone")
+def undisturbed(cluster: Cluster, folder: Path) -> bytes:
+    """What two workers in sync come to in so many steps under ``downpour run``."""
     options = ["-w", "2", "--mode", "sync", "--threads", "1", "--out", str(folder / "out")]
-    ended = running.spawn("run", ["run", *options, str(SCRIPTS / "numbered.py"), str(folder), "--steps", "300"]).end()
+    script = [str(SCRIPTS / "numbered.py"), str(folder / "alone"), "--steps", str(STEPS)]
+    ended = cluster.spawn("run", ["run", *options, *script]).end()
     assert ended.code == 0, ended.text
     return weights(folder / "out" / "model.safetensors")
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(90)]
 
 
 def test_ctrl_c_keeps_a_checkpoint_that_other_counts_of_workers_and_shards_go_on_from(box: Box) -> None:
-    running = box.start("-w", "2", "-s", "2", "--mode", "sync", "--json", "ledger.py")
+    running = box.start("-w", "2", "-s", "1", "--mode", "sync", "--json", "ledger.py")
     running.wait_line("worker/0 is training")
     at_s = running.interrupt()
     first = running.end(30.0)
@@ -30,7 +30,7 @@ def test_ctrl_c_keeps_a_checkpoint_that_other_counts_of_workers_and_shards_go_on
     clock = json.loads(manifest.read_text())["clock"]
     assert clock >= 5
 
-    options = ("--resume", "out", "-w", "1", "-s", "3", "--mode", "sync", "--json")
+    options = ("--resume", "out", "-w", "1", "-s", "2", "--mode", "sync", "--json")
     second = box.run(*options, "ledger.py", "--steps", "20")
     assert second.code == 0, second.text
     weights = [float(clock)] * 9
@@ -69,11 +69,11 @@ def test_ctrl_c_before_training_waits_for_nobody(box: Box) -> None:
 
 def test_the_death_of_the_launcher_ends_workers_and_shards(box: Box) -> None:
     box.leaves_runtime_folder = True
-    running = box.start("-w", "2", "-s", "2", "ledger.py")
-    running.wait_line("worker/1 is training")
+    running = box.start("-w", "1", "-s", "1", "ledger.py")
+    running.wait_line("worker/0 is training")
     everyone = box.processes()
-    assert len(everyone) == 5
-    assert len(running.children()) == 4
+    assert len(everyone) == 3
+    assert len(running.children()) == 2
     running.kill()
     assert running.end(10.0).code == -9
     assert box.wait_gone(everyone, 10.0) == []

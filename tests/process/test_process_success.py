@@ -166,7 +166,7 @@ def twins(make_box: Callable[[], Box]) -> Iterator[tuple[Box, Ended, Ended]]:
     box = make_box()
     long = box.tmpdir / ("long" * 30)
     long.mkdir()
-    options = ("-w", "3", "-s", "2", "--mode", "sync", "census.py")
+    options = ("-w", "3", "-s", "1", "--mode", "sync", "census.py")
     first = box.run(*options, "ids-a", out="a", TMPDIR=str(long))
     second = box.run(*options, "ids-b", out="b")
     yield box, first, second
@@ -174,7 +174,7 @@ def twins(make_box: Callable[[], Box]) -> Iterator[tuple[Box, Ended, Ended]]:
 
 
 class TestSync:
-    """Three workers, two shards, synchronous, run twice; the first with a long TMPDIR, where ipc needs another."""
+    """Three workers, one shard, synchronous, run twice; the first with a long TMPDIR, where ipc needs another."""
 
     def test_both_runs_give_the_same_bytes(self, twins: tuple[Box, Ended, Ended]) -> None:
         _, *runs = twins
@@ -218,9 +218,9 @@ class TestSync:
 
 
 def test_async_over_tcp_gives_each_sample_once(box: Box) -> None:
-    ended = box.run("-w", "3", "-s", "1", "--set", "transport=tcp", "--json", "census.py", "ids")
+    ended = box.run("-w", "2", "-s", "1", "--set", "transport=tcp", "--json", "census.py", "ids")
     assert ended.code == 0, ended.text
     assert re.search(r"worker/0 address tcp://127\.0\.0\.1:\d+$", ended.stderr, re.MULTILINE)
-    expect_each_sample_once(box.folder / "ids", ranks=3)
+    expect_each_sample_once(box.folder / "ids", ranks=2)
     assert ended.document["samples"] == CENSUS_EPOCHS * sum(CENSUS.values())
     assert ended.job["settings"]["transport"] == "tcp"
