@@ -33,6 +33,7 @@ BENCHMARKS = (
     Benchmark("training", ["--workloads", "mlp25m-sgd", "digits-adam", "--only", *QUICK_TRAINERS]),
     Benchmark("busy", ["--runs", "3"], ["--runs", "7"]),
     Benchmark("memory", ["--optimizers", "sgd"]),
+    Benchmark("snapshots", ["--optimizers", "sgd", "--only", "downpour-1", "--pairs", "3"]),
     Benchmark("control_plane", ["--runs", "3"]),
     Benchmark("accuracy", None),
 )

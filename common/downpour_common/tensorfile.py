@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
+from downpour_common import failpoints
 from downpour_common.dtypes import FROM_SAFETENSORS, ITEMSIZE, SAFETENSORS
+from downpour_common.durable import sync
 from downpour_common.errors import CheckpointError
 
 Bytes = bytes | bytearray | memoryview
 
 HEADER_LIMIT = 100 << 20
+BAD_HEADER = (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +83,48 @@ def write_atomically(path: str, write: Any) -> None:
     """Call ``write(file)`` on a temporary file beside ``path``, make it durable, then rename it to ``path``."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
+        failpoints.hit("file.write.before")
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
+            failpoints.hit("file.write.after")
             os.fsync(file.fileno())
+        failpoints.hit("file.rename.before")
         os.rename(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        failpoints.hit("file.rename.after")
+        sync(os.path.dirname(path))
     except OSError as error:
         raise CheckpointError(path, f"cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):  # renamed, when all went well
             os.unlink(temporary)
+
+
+def header_end(start: bytes, size: int) -> int:
+    """Where the header ends in a file of ``size`` bytes whose first eight are ``start``. Raises ``ValueError``."""
+    length = int.from_bytes(start[:8], "little")
+    if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+        raise ValueError(f"header of {length} bytes in a file of {size}")
+    return 8 + length
+
+
+def read_header(data: bytes, size: int) -> tuple[dict[str, str], dict[str, TensorHead], dict[str, tuple[int, int]]]:
+    """Metadata, heads by name, and where each tensor's bytes lie, from what stands before :func:`header_end`.
+
+    Raises one of :data:`BAD_HEADER` for what is not a header of a file of ``size`` bytes.
+    """
+    header: dict[str, Any] = json.loads(data[8:])
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    heads: dict[str, TensorHead] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for name, row in header.items():
+        head = TensorHead(name, FROM_SAFETENSORS[row["dtype"]], _sizes(row["shape"]))
+        start, stop = (len(data) + n for n in _sizes(row["data_offsets"]))
+        if not len(data) <= start <= stop <= size or stop - start != head.nbytes:
+            raise ValueError(f"tensor {name} lies outside the file")
+        heads[name] = head
+        places[name] = (start, stop)
+    return metadata, heads, places
 
 
 class TensorFile(Mapping[str, memoryview]):
@@ -109,25 +139,13 @@ class TensorFile(Mapping[str, memoryview]):
             raise CheckpointError(path, f"cannot be read: {error}") from None
         try:
             self._index(self._map)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        except BAD_HEADER as error:
             self._map.close()
             raise CheckpointError(path, f"is not a safetensors file, or damaged: {error}") from None
 
     def _index(self, data: mmap.mmap) -> None:
-        length = int.from_bytes(data[:8], "little")
-        if not 2 <= length <= min(HEADER_LIMIT, len(data) - 8):
-            raise ValueError(f"header of {length} bytes in a file of {len(data)}")
-        header: dict[str, Any] = json.loads(data[8 : 8 + length])
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.heads: dict[str, TensorHead] = {}
-        self._at: dict[str, tuple[int, int]] = {}
-        for name, row in header.items():
-            head = TensorHead(name, FROM_SAFETENSORS[row["dtype"]], _sizes(row["shape"]))
-            start, stop = (8 + length + n for n in _sizes(row["data_offsets"]))
-            if not 8 + length <= start <= stop <= len(data) or stop - start != head.nbytes:
-                raise ValueError(f"tensor {name} lies outside the file")
-            self.heads[name] = head
-            self._at[name] = (start, stop)
+        stop = header_end(data[:8], len(data))
+        self.metadata, self.heads, self._at = read_header(data[:stop], len(data))
 
     def __getitem__(self, name: str) -> memoryview:
         start, stop = self._at[name]

@@ -5,18 +5,29 @@ A folder counts once its manifest is there. Readers verify sizes and digests, an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from downpour_common.errors import CheckpointError, ProtocolError
-from downpour_common.layout import ModelSpec, plan
+from downpour_common.durable import make_folders, sync
+from downpour_common.errors import CheckpointError
 from downpour_common.tensorfile import write_atomically
+from downpour_coordinator.manifest import decode, encode
+from downpour_coordinator.sources import (
+    MANIFEST,
+    FolderSource,
+    Source,
+    file_problems,
+    folder_of,
+    manifest_bytes,
+    numbers,
+    verified,
+)
 
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "Checkpoint", "commit", "committed", "folder_of", "load", "newest", "numbers", "prune", "remove"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +39,22 @@ class Checkpoint:
 
 
 def commit(folder: str, manifest: dict[str, Any]) -> None:
-    """Write the manifest durably. Raises :class:`CheckpointError`."""
+    """Write the manifest, after everything that it names is on disk for good. Raises :class:`CheckpointError`."""
     try:
-        os.makedirs(folder, exist_ok=True)
+        make_folders(folder)
+        for entry in manifest.get("files", ()):
+            path = os.path.join(folder, entry["file"])
+            sync(path)
+            if (size := os.path.getsize(path)) != entry["bytes"]:
+                raise CheckpointError(path, f"has {size} bytes, its shard says {entry['bytes']}")
+        path = os.path.abspath(folder)
+        for _ in range(3):  # the folder, the run's checkpoints, the run
+            sync(path)
+            path = os.path.dirname(path)
     except OSError as error:
-        raise CheckpointError(folder, f"cannot be made: {error.strerror}") from None
-    data = json.dumps(manifest, separators=(",", ":")).encode()
+        raise CheckpointError(error.filename or folder, f"cannot be committed: {error.strerror or error}") from None
+    data = encode({**manifest, "committed_s": round(time.time(), 3)})
     write_atomically(os.path.join(folder, MANIFEST), lambda file: file.write(data))
-
-
-def folder_of(run: str, number: int) -> str:
-    """Where checkpoint ``number`` of the run lies."""
-    return os.path.join(run, "checkpoints", f"{number:06d}")
-
-
-def numbers(run: str) -> list[int]:
-    """Numbers of all checkpoint folders of the run, committed or not, ascending."""
-    try:
-        names = os.listdir(os.path.join(run, "checkpoints"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def committed(run: str) -> list[int]:
@@ -58,21 +64,16 @@ def committed(run: str) -> list[int]:
 
 def load(folder: str) -> Checkpoint:
     """Read and verify one checkpoint. Raises :class:`CheckpointError` naming what is damaged."""
+    source = FolderSource(folder)
+    number = source.only or 0
     path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        if manifest["format"] != 1:
-            raise CheckpointError(path, f"has format {manifest['format']}, this version reads 1")
-        for entry in manifest["files"]:
-            _verify(os.path.join(folder, entry["file"]), entry)
-        layout = plan(ModelSpec.from_wire(manifest["model"]), manifest["shards"], manifest["chunk_bytes"])
-        missing = {str(c.index) for c in layout.chunks} - {i for entry in manifest["files"] for i in entry["chunks"]}
-    except (OSError, ValueError, KeyError, TypeError, ProtocolError) as error:
-        raise CheckpointError(path, f"cannot be used: {type(error).__name__}: {error}") from None
-    if missing:
-        raise CheckpointError(path, f"names no file for {len(missing)} of the model's {len(layout.chunks)} chunks")
-    return Checkpoint(folder, manifest)
+    if source.only is None:
+        raise CheckpointError(path, "is missing")
+    manifest = decode(manifest_bytes(source, number), path)
+    if problems := file_problems(source, number, manifest):
+        first, *others = problems
+        raise first if not others else CheckpointError(folder, "; ".join(map(str, problems)))
+    return Checkpoint(folder, manifest.fields)
 
 
 def newest(path: str) -> tuple[Checkpoint, list[str]]:
@@ -80,19 +81,35 @@ def newest(path: str) -> tuple[Checkpoint, list[str]]:
 
     Raises :class:`CheckpointError` when there is none.
     """
-    if os.path.exists(os.path.join(path, MANIFEST)):
-        return load(path), []
+    source: Source = FolderSource(path)
     skipped: list[str] = []
-    for number in reversed(numbers(path)):
-        folder = folder_of(path, number)
-        if not os.path.exists(os.path.join(folder, MANIFEST)):
-            continue
+    for number in reversed(source.numbers()):
         try:
-            return load(folder), skipped
+            return load(source.where(number, "")), skipped
         except CheckpointError as error:
             skipped.append(str(error))
     detail = "; ".join(skipped) or "it holds no checkpoints/NNNNNN/manifest.json"
     raise CheckpointError(path, f"there is no usable checkpoint to resume from: {detail}")
+
+
+def newest_for(run: str, after: int, shards: Sequence[int]) -> tuple[int, tuple[str, ...]]:
+    """Number of the run's newest checkpoint after number ``after`` whose files for these shards are sound, 0 when there
+    is none; and what is wrong with newer ones. The other shards' files are not looked at."""
+    source = FolderSource(run)
+    skipped: list[str] = []
+    for number in reversed([n for n in source.numbers() if n > after]):
+        try:
+            manifest = decode(manifest_bytes(source, number), source.where(number, MANIFEST))
+            entries = [manifest.files[shard] for shard in shards]
+            for entry in entries:
+                for _ in verified(source, number, entry, manifest.layout):
+                    pass
+            return number, tuple(skipped)
+        except IndexError:
+            skipped.append(f"{source.where(number, MANIFEST)}: has other shards")
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return 0, tuple(skipped)
 
 
 def prune(run: str, keep: int) -> None:
@@ -100,14 +117,15 @@ def prune(run: str, keep: int) -> None:
     kept = committed(run)[-keep:]
     for number in numbers(run):
         if kept and number < kept[0]:
-            shutil.rmtree(folder_of(run, number), ignore_errors=True)
+            remove(run, number)
 
 
-def _verify(path: str, entry: dict[str, Any]) -> None:
-    size = os.path.getsize(path)
-    if size != entry["bytes"]:
-        raise CheckpointError(path, f"has {size} bytes, the manifest says {entry['bytes']}: it is damaged")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry["sha256"]:
-        raise CheckpointError(path, "does not match its digest: it is damaged")
+def remove(run: str, number: int) -> None:
+    """Delete a checkpoint, its manifest first: half of one must not look like a whole one that is damaged."""
+    folder = folder_of(run, number)
+    try:
+        os.unlink(os.path.join(folder, MANIFEST))
+        sync(folder)
+    except OSError:
+        pass  # it was never committed, or is gone
+    shutil.rmtree(folder, ignore_errors=True)

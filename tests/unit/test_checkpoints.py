@@ -20,7 +20,9 @@ from downpour_common.layout import Layout, ModelSpec, plan
 from downpour_common.tensorfile import TensorFile
 from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
+from downpour_coordinator.manifest import decode, encode
 from downpour_coordinator.snapshots import CommitSnapshot, Round
+from downpour_coordinator.sources import FolderSource, examine
 from downpour_server.contribution import Contribution
 from downpour_server.restore import restore
 from downpour_server.snapshot import Reading, write
@@ -277,6 +279,11 @@ DAMAGE: dict[str, tuple[str, Callable[[str], object]]] = {
     "the manifest lacks a chunk": (MANIFEST, lambda p: _edit(p, lambda d: d["files"][0]["chunks"].popitem())),
     "the manifest lacks its model": (MANIFEST, lambda p: _edit(p, lambda d: d.pop("model"))),
     "the manifest is of another format": (MANIFEST, lambda p: _edit(p, lambda d: d.update(format=2))),
+    "the manifest's clock is another": (MANIFEST, lambda p: _edit(p, lambda d: d.update(clock=2))),
+    "the manifest has no digest": (MANIFEST, lambda p: _edit(p, lambda d: d.pop("sha256"))),
+    "the manifest is a manifest of something else": (MANIFEST, lambda p: Path(p).write_text('{"name": "app"}')),
+    "a file is another shard's": (SHARD, lambda p: shutil.copyfile(p.replace("shard-0", "shard-1"), p)),
+    "a file is a folder": (SHARD, lambda p: (os.unlink(p), os.mkdir(p))),
 }
 
 
@@ -340,6 +347,155 @@ def test_nobody_starts_from_a_damaged_checkpoint_unnoticed(run: Path, what: str)
         if "bit of the data" not in what:  # load() looks at digests, restore() does not
             assert_same(elements(layout, chunks), expected)
     assert named
+
+
+def _signed(path: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a manifest and have its digest be right: it is sound, but not of this checkpoint."""
+    fields = decode(Path(path).read_bytes(), path).fields
+    change(fields)
+    Path(path).write_bytes(encode(fields))
+
+
+def _named(entry: dict[str, Any], name: str) -> None:
+    entry["file"] = name
+
+
+FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a file of another job": lambda d: _named(d["files"][0], "../../../other/checkpoints/000001/shard-0.safetensors"),
+    "an absolute path": lambda d: _named(d["files"][0], "/etc/passwd"),
+    "the folder itself": lambda d: _named(d["files"][0], ".."),
+    "no name": lambda d: _named(d["files"][0], ""),
+    "the manifest": lambda d: _named(d["files"][0], "manifest.json"),
+    "a name with a line end": lambda d: _named(d["files"][0], "shard-0.safetensors\n"),
+    "no text": lambda d: _named(d["files"][0], 7),  # type: ignore[arg-type]
+    "one file twice": lambda d: _named(d["files"][1], d["files"][0]["file"]),
+    "a chunk twice": lambda d: d["files"][1]["chunks"].update({"0": {}}),
+    "a chunk too many": lambda d: d["files"][1]["chunks"].update({"9999": {}}),
+    "a negative size": lambda d: d["files"][0].update(bytes=-1),
+    "no digest": lambda d: d["files"][0].update(sha256="0"),
+    "other shards": lambda d: d.update(shards=3),
+    "more shards than there may be": lambda d: d.update(shards=1 << 40),
+    "another model": lambda d: d.update(model=replace(SPEC, tensors=SPEC.tensors[:2]).to_wire()),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_manifest_is_skipped_and_named_and_leads_nowhere(run: Path, what: str) -> None:
+    path = os.path.join(checkpoints.folder_of(str(run), 2), MANIFEST)
+    _signed(path, FOREIGN[what])
+    found, skipped = checkpoints.newest(str(run))
+    assert found.folder == checkpoints.folder_of(str(run), 1)
+    assert len(skipped) == 1
+    assert checkpoints.folder_of(str(run), 2) in skipped[0]
+
+
+def test_the_files_of_another_model_are_named_though_their_digests_are_right(run: Path, tmp_path: Path) -> None:
+    """As whoever edits a manifest by hand might leave it."""
+    small = model(tensor("w", 900), rule="SGD", options=({"lr": 0.1},))
+    other = save(tmp_path / "other", train(small, 1, 1 << 20))
+    folder = checkpoints.folder_of(str(run), 2)
+    shutil.copyfile(os.path.join(other, SHARD), os.path.join(folder, SHARD))
+    theirs = checkpoints.load(other).manifest["files"][0]
+
+    def adopt(fields: dict[str, Any]) -> None:
+        fields["files"][0].update(bytes=theirs["bytes"], sha256=theirs["sha256"])
+
+    _signed(os.path.join(folder, MANIFEST), adopt)
+    with pytest.raises(CheckpointError, match=r"shard-0\.safetensors: (holds other|does not hold)"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("file", [MANIFEST, SHARD, "shard-1.safetensors"])
+def test_no_flipped_bit_in_any_file_goes_unnoticed(run: Path, file: str) -> None:
+    folder = checkpoints.folder_of(str(run), 2)
+    path = Path(folder, file)
+    sound = path.read_bytes()
+    before = checkpoints.load(folder).manifest
+    for at in range(0, len(sound), 7):
+        damaged = bytearray(sound)
+        damaged[at] ^= 1 << (at % 8)
+        path.write_bytes(damaged)
+        try:
+            found = checkpoints.load(folder).manifest
+        except CheckpointError:
+            continue
+        assert file == MANIFEST, at
+        assert found == before, f"byte {at}: it may say the same in another way, and nothing else"
+
+
+@pytest.mark.parametrize("file", [MANIFEST, SHARD, "shard-1.safetensors"])
+def test_no_cut_in_any_file_goes_unnoticed(run: Path, file: str) -> None:
+    folder = checkpoints.folder_of(str(run), 2)
+    path = Path(folder, file)
+    sound = path.read_bytes()
+    for size in range(0, len(sound), 13):
+        path.write_bytes(sound[:size])
+        with pytest.raises(CheckpointError, match=folder):
+            checkpoints.load(folder)
+
+
+def test_every_damaged_file_is_named(run: Path) -> None:
+    folder = checkpoints.folder_of(str(run), 2)
+    for shard in (0, 1):
+        os.truncate(os.path.join(folder, f"shard-{shard}.safetensors"), 20)
+    found = examine(FolderSource(str(run)), 2)
+    assert [problem.partition(": ")[0] for problem in found.problems] == [
+        os.path.join(folder, f"shard-{shard}.safetensors") for shard in (0, 1)
+    ]
+    assert examine(FolderSource(str(run)), 1).problems == ()
+
+
+def test_nothing_is_committed_that_is_not_there(run: Path) -> None:
+    folder = checkpoints.folder_of(str(run), 2)
+    fields = checkpoints.load(folder).manifest
+    os.unlink(os.path.join(folder, MANIFEST))
+    os.truncate(os.path.join(folder, SHARD), 20)
+    with pytest.raises(CheckpointError, match=r"shard-0.* has 20 bytes"):
+        checkpoints.commit(folder, fields)
+    os.unlink(os.path.join(folder, SHARD))
+    with pytest.raises(CheckpointError, match=r"shard-0.* cannot be committed: No such file"):
+        checkpoints.commit(folder, fields)
+    assert checkpoints.committed(str(run)) == [1]
+
+
+def test_everything_is_on_disk_before_the_manifest_has_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoints.folder_of(str(run), 2)
+    fields = checkpoints.load(folder).manifest
+    os.unlink(os.path.join(folder, MANIFEST))
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(source: str, target: str) -> None:
+        done.append(f"rename {target}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    checkpoints.commit(folder, fields)
+    at = done.index(f"rename {os.path.join(folder, MANIFEST)}")
+    before, after = done[:at], done[at + 1 :]
+    for shard in (0, 1):
+        assert os.path.join(folder, f"shard-{shard}.safetensors") in before
+    assert {folder, os.path.dirname(folder), str(run)} <= set(before)
+    assert any(path.startswith(os.path.join(folder, MANIFEST)) for path in before), "the manifest's own bytes"
+    assert folder in after, "its name"
+
+
+def test_folders_are_no_checkpoints_by_any_other_name(run: Path) -> None:
+    for name in ("7", "0000002", "١٢٣٤٥٦", "incoming-1", "000003.part"):
+        shutil.copytree(checkpoints.folder_of(str(run), 2), run / "checkpoints" / name)
+    assert checkpoints.numbers(str(run)) == [1, 2]
+
+
+def test_what_is_deleted_does_not_look_damaged_on_the_way(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed in between
+    checkpoints.remove(str(run), 2)
+    found, skipped = checkpoints.newest(str(run))
+    assert (found.folder, skipped) == (checkpoints.folder_of(str(run), 1), [])
 
 
 def test_a_checkpoint_that_was_never_committed_does_not_count(run: Path) -> None:
