@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -44,6 +45,27 @@ def _bytes_from_text(value: object) -> object:
         raise ValueError(str(error)) from None
 
 
+def _interval(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError("auto, or seconds, 0 or more")
+    return seconds
+
+
+def _copies_url(text: str) -> str:
+    scheme, found, path = text.partition("://")
+    if text and not (found and re.fullmatch("[a-z][a-z0-9+.-]*", scheme)):
+        raise ValueError("expected a URL such as s3://bucket/folder or file:///folder")
+    if "::" in text or "\0" in text or ".." in path.split("/"):
+        raise ValueError("a URL here has no '::' and no '..'")
+    return text.rstrip("/") if path.strip("/") else text
+
+
 def _variable(name: str) -> str:
     if name.startswith("DOWNPOUR_"):
         raise ValueError("names that begin with DOWNPOUR_ are kept for Downpour's own variables")
@@ -63,6 +85,9 @@ LabelName = Annotated[str, _matching(_NAME, f"a label's name has {_NAME_RULE}")]
 LabelValue = Annotated[
     str, _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a label's value has 1 to 64 of A-Z, a-z, 0-9, ., _ and -")
 ]
+Interval = Annotated[float | Literal["auto"], BeforeValidator(_interval)]
+"""Seconds, or ``auto``."""
+CopiesUrl = Annotated[str, AfterValidator(_copies_url)]
 EnvName = Annotated[
     str,
     _matching(r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z, a-z, _ and, but for the first, 0-9"),
@@ -123,7 +148,16 @@ class Settings(_Description):
     port: int = Field(0, ge=0, le=65535, description="tcp: the coordinator's port, 0 for a free one")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a push, pull, round or barrier")
     start_timeout_s: float = Field(300.0, gt=0, description="deadline for all processes to have joined")
-    checkpoint_s: float = Field(60.0, ge=0, description="time between checkpoints; 0: only the last one")
+    checkpoint_s: Interval = Field(
+        "auto",
+        description="time between checkpoints; 0: only the last one; auto: by what they cost and mtbf_s, 10 to 600",
+    )
+    mtbf_s: float = Field(
+        14400.0, gt=0, description="checkpoint_s=auto: assumed time between failures; those of the job shorten it"
+    )
+    checkpoint_url: CopiesUrl = Field(
+        "", description="where committed checkpoints are copied to as well, any URL that fsspec knows; empty: nowhere"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept in the run directory")
     on_nan: Literal["fail", "skip", "quarantine", "rollback"] = Field(
         "fail",
@@ -159,7 +193,9 @@ class JobSpec(_Description):
     shard_memory: ByteCount = Field(256 << 20, ge=1, lt=1 << 63, description="bytes that a shard needs, for placement")
     seed: int = Field(0, ge=0, lt=1 << 63)
     restarts: int = Field(0, ge=0, le=1_000_000, description="how often what is lost is started again")
-    replication: int = Field(1, ge=1, le=2, description="2: each shard has a backup that knows all that is acknowledged")
+    replication: int = Field(
+        1, ge=1, le=2, description="2: each shard has a backup that knows all that is acknowledged"
+    )
     out: str = Field("", description="run directory; empty, in a cluster: the coordinator's own place for the job")
     resume: str | None = None
     settings: Settings = Settings()

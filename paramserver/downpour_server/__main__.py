@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
 from types import FrameType
 
-from downpour_common import exitcodes, wire
+from downpour_common import exitcodes, failpoints, wire
 from downpour_common.errors import DownpourError
+from downpour_common.names import process_name
 from downpour_common.transport.zeromq import ZmqClient, ZmqServer
 from downpour_server.config import VARIABLE, ShardConfig
-from downpour_server.service import ShardService, spare_threads, use_this_process
 
 
 def main() -> int:
@@ -24,18 +25,32 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business; it ends the shard itself
     config = ShardConfig(**json.loads(text))
+    # What torch loads stays; looking for garbage in it costs a tenth of a shard's start and most of its end.
+    gc.disable()
+    from downpour_server.service import ShardService, spare_threads, use_this_process
+
+    gc.freeze()
+    gc.enable()
     use_this_process(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
+        failpoints.arm(f"server/{config.index}", config.shard_epoch)
         server_keys, client_keys = config.transport_keys()
         data = ZmqServer(config.endpoint, keys=server_keys)
         control = ZmqClient(wire.CONTROL_HEADER_LIMIT, client_keys)
         try:
-            ShardService(config, data, control, set_up=spare_threads).run()
+            follower_keys = config.follower_keys()
+            ShardService(
+                config,
+                data,
+                control,
+                set_up=spare_threads,
+                connect=lambda: ZmqClient(wire.CONTROL_HEADER_LIMIT, follower_keys),
+            ).run()
         finally:
             control.close()
             data.close()
     except DownpourError as error:
-        print(f"server/{config.shard}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{process_name('server', config.index, config.shards)}: {error}", file=sys.stderr)  # noqa: T201
         return exitcodes.FAILED
     return exitcodes.OK
 

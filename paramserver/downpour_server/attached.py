@@ -70,6 +70,12 @@ class Lodging:
             stored.move_in(target)
             self.host = memory.worker
 
+    def answer_previous(self, stored: StoredChunk, memory: AttachedMemory) -> None:
+        """Bring a chunk's weights of the version before into the memory of a worker that awaits them."""
+        if self.host == memory.worker:
+            self.end()
+        memory.weights(stored.chunk).copy_(stored.previous)
+
     def review(self) -> None:
         """Bring the chunks home unless the worker is still the only one."""
         if self.host is not None and self._members.sole != self.host:

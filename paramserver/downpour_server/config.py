@@ -39,9 +39,25 @@ class ShardConfig:
     """sync: keep each chunk's weights of the round before, from which a worker that was lost can be replaced"""
     skip_non_finite: bool = False
     """leave contributions with NaN or Inf out instead of refusing them"""
+    follows: bool = False
+    """it starts as a follower: it holds nothing until it is told whom to follow, and serves nobody until promoted"""
+    term: int = -1
+    """of the shard's leadership, which is its epoch on the data plane; -1: ``shard_epoch``"""
+    process: int = -1
+    """index among the job's server processes, which is its index on the control plane; -1: ``shard``"""
     keys: dict[str, Any] | None = None
     """``coordinator``: its public key; ``job``: [public, secret] of the job, which also all its workers have;
     ``shards``, ``shard_secret``: the shards' own. None: no encryption, and nobody proves who it is"""
+
+    @property
+    def index(self) -> int:
+        """Who it is to the coordinator."""
+        return self.shard if self.process < 0 else self.process
+
+    @property
+    def first_term(self) -> int:
+        """The term in which it starts, if it leads."""
+        return self.shard_epoch if self.term < 0 else self.term
 
     def path(self, folder: str) -> str:
         """Where a folder that the coordinator names is on this host."""
@@ -60,6 +76,14 @@ class ShardConfig:
             return ServerKeys(shards, {job.public: "worker"}), ClientKeys(job, {}, keys["coordinator"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{VARIABLE}: unusable keys ({type(error).__name__})") from None
+
+    def follower_keys(self) -> ClientKeys | None:
+        """For a follower's socket to its leader's data socket, which lets in whoever has the job's key.
+
+        Raises :class:`ConfigError`.
+        """
+        server, client = self.transport_keys()
+        return None if server is None or client is None else ClientKeys(client.pair, {}, server.pair.public)
 
     def to_environment(self) -> dict[str, str]:
         """The variables to start the shard's process with."""

@@ -9,7 +9,8 @@ import torch
 
 @dataclass(slots=True)
 class Contribution:
-    """``gradient`` is flat, of the chunk's dtype and length; the memory is the shard's own."""
+    """``gradient`` is flat, of the chunk's dtype and length; the memory is the shard's own,
+    or its worker's until the answer."""
 
     slot: int
     seq: int
@@ -19,3 +20,5 @@ class Contribution:
     gradient: torch.Tensor
     position: tuple[int, ...] = ()
     """of the training data once this contribution counts"""
+    void: bool = False
+    """it holds NaN or Inf: it counts for its round, and is left out of the mean"""

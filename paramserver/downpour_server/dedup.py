@@ -26,6 +26,14 @@ class DedupWindow:
     next_seq: int = 0
     above: set[int] = field(default_factory=set)
     size: int = 64
+    unsettled: bool = False
+    """it comes from a checkpoint, or stands for one that is gone: contributions may have been seen that it does not
+    know of, up to the first that comes now"""
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next contribution, where they come in order."""
+        return max(self.above) + 1 if self.above else self.next_seq
 
     def look(self, seq: int) -> Seen:
         """What ``seq`` is, without recording it."""
@@ -40,6 +48,22 @@ class DedupWindow:
             self.next_seq = min(self.above)
             self._advance()
         self._advance()
+
+    def settle(self, seq: int) -> int:
+        """Nothing below ``seq`` comes any more: what of it was not seen is given up. Returns how many those are."""
+        if seq <= self.next_seq:
+            return 0
+        known = {s for s in self.above if s < seq}
+        missing = seq - self.next_seq - len(known)
+        self.above -= known
+        self.next_seq = seq
+        self._advance()
+        return missing
+
+    def begin_at(self, seq: int) -> None:
+        """The next contribution has this number, whatever was seen."""
+        self.next_seq = seq
+        self.above.clear()
 
     def _advance(self) -> None:
         while self.next_seq in self.above:

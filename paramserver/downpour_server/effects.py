@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from downpour_common import messages as m
 from downpour_common.messages import Message
-from downpour_common.transport import Peer
+from downpour_common.transport import Peer, Sent
 from downpour_server.snapshot import WriteSnapshot
 from downpour_server.store import StoredChunk
 
@@ -21,11 +21,15 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class SendWeights:
-    """Send ``stored``'s weights as they are at this moment, and tell ``stored.being_read``."""
+    """Send ``stored``'s weights as they are at this moment, and tell ``stored.being_read``.
+
+    ``previous``: those of the version before, as they are at this moment.
+    """
 
     peer: Peer
     request: int
     stored: StoredChunk
+    previous: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,4 +40,32 @@ class Attach:
     offer: m.AttachMemory
 
 
-Effect = Reply | SendWeights | WriteSnapshot | Attach
+@dataclass(slots=True)
+class Kept:
+    """Weights that wait to be sent: they stay as they are until they have been (see ``StoredChunk.being_read``)."""
+
+    sent: Sent | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether they have been sent, and the transport no longer reads them."""
+        return self.sent is not None and self.sent.done
+
+
+@dataclass(frozen=True, slots=True)
+class SendKept:
+    """Send these weights, which have waited, and tell ``kept``."""
+
+    peer: Peer
+    message: m.Weights
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send ``message`` to the coordinator."""
+
+    message: Message
+
+
+Effect = Reply | SendWeights | SendKept | Tell | WriteSnapshot | Attach

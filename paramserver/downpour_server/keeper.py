@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from downpour_common import failpoints
 from downpour_common import messages as m
 from downpour_common.errors import DownpourError
 from downpour_common.messages import Message
@@ -118,7 +120,7 @@ class SnapshotKeeper:
                     m.SnapshotPart(
                         part.request,
                         config.job,
-                        config.shard,
+                        config.index,
                         config.shard_epoch,
                         sending.snapshot,
                         sending.document["file"],
@@ -146,7 +148,7 @@ class SnapshotKeeper:
 
     def _answer(self, snapshot: int, error: str, document: dict[str, Any]) -> None:
         config = self._config
-        taken = m.SnapshotTaken(config.job, config.shard, config.shard_epoch, snapshot, error, document)
+        taken = m.SnapshotTaken(config.job, config.index, config.shard_epoch, snapshot, error, document)
         self._answers[snapshot] = taken
         while len(self._answers) > ANSWERS_KEPT:
             del self._answers[min(self._answers)]
@@ -156,7 +158,15 @@ class SnapshotKeeper:
 
 def _write(effect: WriteSnapshot) -> dict[str, Any]:
     try:
-        return write(effect)
+        if failpoints.on:
+            failpoints.hit("shard.snapshot.before")
+        began_s = time.thread_time()
+        document = write(effect)
+        cores = len(os.sched_getaffinity(0))
+        document["cost_s"] = round((time.thread_time() - began_s) / cores, 6)
+        if failpoints.on:
+            failpoints.hit("shard.snapshot.after")
+        return document
     finally:
         effect.reading.done = True
 

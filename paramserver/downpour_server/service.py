@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from downpour_common import failpoints, sharing
 from downpour_common import messages as m
-from downpour_common import sharing
 from downpour_common.errors import ConfigError, DownpourError, PeerTimeout, ProtocolError
 from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
@@ -17,8 +17,10 @@ from downpour_common.process import keep_freed_memory
 from downpour_common.quick_start import defer_compiler
 from downpour_common.transport import ClientTransport, ServerTransport
 from downpour_server.config import ShardConfig
-from downpour_server.effects import Attach, Effect, Reply, SendWeights
+from downpour_server.effects import Attach, Effect, Reply, SendKept, SendWeights, Tell
 from downpour_server.keeper import SnapshotKeeper
+from downpour_server.recover import recover
+from downpour_server.replication import Replication
 from downpour_server.restore import restore
 from downpour_server.rules import RULES
 from downpour_server.shard import Identity, Shard
@@ -38,7 +40,7 @@ ONE_THREAD_BYTES = 512 << 10
 
 class ShardService:
     """Serves one shard until told to stop. ``clock`` gives seconds and is only compared with itself.
-    ``set_up``: told the shard once it is there.
+    ``set_up``: told the shard once it is there. ``connect``: gives a transport to another replica.
 
     The coordinator may be away for any time: what it must learn is in every report, and what it asks twice is
     answered twice and done once.
@@ -51,6 +53,7 @@ class ShardService:
         control: ClientTransport,
         clock: Callable[[], float] = time.monotonic,
         set_up: Callable[[Shard], None] = lambda _: None,
+        connect: Callable[[], ClientTransport] | None = None,
     ) -> None:
         self._config = config
         self._announce = set_up
@@ -58,7 +61,8 @@ class ShardService:
         self._control = control
         self._clock = clock
         self._keeper = SnapshotKeeper(config, self._tell)
-        self._shard: Shard | None = None
+        self._connect = connect or (lambda: control)
+        self._replication: Replication | None = None
         self._error = ""
         self._members: m.SetMembers | None = None
         self._stop = False
@@ -73,7 +77,9 @@ class ShardService:
         self._register()
         try:
             while not self._stop:
-                busy = self._take_data()
+                replication = self._replication
+                follows = replication is not None and replication.follows
+                busy = replication.take(IDLE_S) if replication is not None and follows else self._take_data()
                 now_s = self._clock()
                 if busy and self._shard is not None and now_s - looked_s < CONTROL_S:
                     continue
@@ -87,20 +93,28 @@ class ShardService:
                         self._register()
                     continue
                 self._keeper.turn(now_s)
-                if self._shard is not None and now_s - last_tick_s > TICK_S:
-                    last_tick_s = now_s
-                    self._carry_out(self._shard.tick(now_s))
+                if replication is not None:
+                    replication.turn(now_s)
+                    if replication.leader is not None and now_s - last_tick_s > TICK_S:
+                        last_tick_s = now_s
+                        self._carry_out(replication.after(replication.shard.tick(now_s)))
                 if now_s - last_report_s > REPORT_S:
                     last_report_s = now_s
                     self._report()
         finally:
             self._keeper.close()
+            if self._replication is not None:
+                self._replication.close()
+
+    @property
+    def _shard(self) -> Shard | None:
+        return None if self._replication is None else self._replication.shard
 
     def _tell(self, message: m.Message) -> None:
         self._control.send(self._config.coordinator, message)
 
     def _identity(self) -> tuple[str, int, int]:
-        return self._config.job, self._config.shard, self._config.shard_epoch
+        return self._config.job, self._config.index, self._config.shard_epoch
 
     def _register(self) -> None:
         self._tell(m.RegisterShard(*self._identity(), os.getpid(), self._data.address))
@@ -108,16 +122,31 @@ class ShardService:
     def _take_data(self) -> bool:
         """Whether there was any."""
         arrived = self._data.poll(IDLE_S)
+        replication = self._replication
         for peer, message in arrived:
-            if self._shard is None:
+            if replication is None or replication.leader is None:
                 continue
+            if failpoints.on:
+                self._fail("shard.receive", "shard.apply.before", message)
+            if isinstance(message, (m.Replicated, m.Fenced)):
+                self._carry_out(replication.heard(peer, message))
+                continue
+            self._carry_out(replication.before(message))
             try:
-                effects = self._shard.handle(peer, message, self._clock())
+                effects = replication.shard.handle(peer, message, self._clock())
             except ProtocolError:
                 self._data.malformed += 1
             else:
-                self._carry_out(effects)
+                if failpoints.on:
+                    self._fail("", "shard.apply.after", message)
+                self._carry_out(replication.after(effects))
         return bool(arrived)
+
+    @staticmethod
+    def _fail(always: str, contributed: str, message: m.Message) -> None:
+        failpoints.hit(always)
+        if isinstance(message, m.Contribution):
+            failpoints.hit(contributed)
 
     def _take_control(self) -> None:
         for _, message in self._control.poll(0):
@@ -127,9 +156,12 @@ class ShardService:
                     self._tell(m.ShardReady(*self._identity(), self._error))
                 case m.SetMembers():
                     self._set_members(message)
-                case m.TakeSnapshot() if self._shard is not None:
+                case m.SetBackup() | m.Follow() | m.Promote() if self._replication is not None:
+                    self._carry_out(self._replication.told(message))
+                case m.TakeSnapshot() if self._replication is not None and self._replication.leader is not None:
                     if self._keeper.asked(message):
-                        self._carry_out(self._shard.snapshot(message.snapshot, message.folder, message.at_clock))
+                        shard = self._replication.shard
+                        self._carry_out(shard.snapshot(message.snapshot, message.folder, message.at_clock))
                 case m.Ack() | m.Refused():
                     self._keeper.received(message, self._clock())
                 case m.StopShard():
@@ -149,13 +181,29 @@ class ShardService:
             if model.rule and model.rule not in RULES:
                 raise ConfigError(f"no update rule is called {model.rule!r}; known: {', '.join(RULES)}")
             layout = plan(model, config.shards, config.chunk_bytes)
-            identity = Identity(config.job, config.shard, config.shard_epoch)
-            shard = Shard(
-                identity, layout, parse_mode(config.mode), config.workers, config.timeout_s, config.push_dtype
-            )
-            if message.resume:
-                shard.start_from(restore(config.path(message.resume), layout, shard.chunks))
-            self._shard = shard
+
+            def make(term: int) -> Shard:
+                identity = Identity(config.job, config.shard, term)
+                return Shard(
+                    identity,
+                    layout,
+                    parse_mode(config.mode),
+                    config.workers,
+                    config.timeout_s,
+                    config.push_dtype,
+                    config.keep_previous,
+                    config.skip_non_finite,
+                )
+
+            replication = Replication(config, make, self._connect, self._report)
+            shard = replication.shard
+            if message.recovers:
+                clock = recover(config.path(message.resume), config.job, config.shard, layout, shard.chunks)
+                shard.recovered(clock if message.clock < 0 else message.clock, message.left)
+            elif message.resume:
+                clock = restore(config.path(message.resume), layout, shard.chunks)
+                shard.start_from(clock if message.clock < 0 else message.clock)
+            self._replication = replication
             self._announce(shard)
         except DownpourError as problem:
             self._error = str(problem)
@@ -165,26 +213,39 @@ class ShardService:
 
     def _set_members(self, message: m.SetMembers) -> None:
         """Before the set-up it is kept."""
-        if self._shard is None:
+        replication = self._replication
+        if replication is None:
             if self._members is None or message.version > self._members.version:
                 self._members = message
             return
         if len(message.slots) % 2 or min(message.slots, default=0) < 0:
             self._control.malformed += 1
             return
+        if replication.leader is None:
+            return  # a follower hears of it from its leader
         epochs = dict(zip(message.slots[::2], message.slots[1::2], strict=True))
-        self._carry_out(self._shard.set_members(message.version, epochs))
-        self._tell(m.MembersSet(*self._identity(), self._shard.members_version))
+        self._carry_out(replication.before(message))
+        effects = replication.shard.set_members(message.version, epochs, message.takes_over)
+        effects.append(Tell(m.MembersSet(*self._identity(), replication.shard.members_version)))
+        self._carry_out(replication.after(effects))
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
+            if failpoints.on and isinstance(effect, (Reply, SendKept, SendWeights)):
+                passed_on = isinstance(effect, Reply) and isinstance(effect.message, m.Replicate)
+                failpoints.hit("shard.replicate.before" if passed_on else "shard.reply.before")
             match effect:
                 case Reply():
                     self._data.send(effect.peer, effect.message)
+                case SendKept():
+                    effect.kept.sent = self._data.send(effect.peer, effect.message)
+                case Tell():
+                    self._tell(effect.message)
                 case SendWeights():
-                    stored = effect.stored
-                    message = m.Weights(effect.request, stored.chunk.index, stored.version, stored.payload())
-                    stored.being_read(self._data.send(effect.peer, message))
+                    stored, previous = effect.stored, effect.previous
+                    version = stored.previous_version if previous else stored.version
+                    message = m.Weights(effect.request, stored.chunk.index, version, stored.payload(previous))
+                    stored.being_read(self._data.send(effect.peer, message), previous)
                 case WriteSnapshot():
                     self._keeper.write(effect)
                 case Attach():
@@ -194,7 +255,8 @@ class ShardService:
         assert self._shard is not None
         offer = effect.offer
         memory = sharing.attach(self._shard.shared_layout, offer.pid, offer.fd, offer.nonce)
-        self._carry_out(self._shard.attached(effect, memory))
+        assert self._replication is not None
+        self._carry_out(self._replication.after(self._shard.attached(effect, memory)))
 
     def _report(self) -> None:
         """Counters, and all that the coordinator may have missed."""
@@ -204,10 +266,11 @@ class ShardService:
             "ready": shard is not None,
             "error": self._error,
             "initialised": shard is not None and shard.initialised,
-            "members": shard.members_version if shard is not None else 0,
+            "members": self._replication.members_version if self._replication is not None else 0,
             "snapshot": self._keeper.answered,
             "address": self._data.address,
             "pid": os.getpid(),
+            "replica": self._replication.document() if self._replication is not None else {},
         }
         self._tell(m.ShardReport(*self._identity(), document))
 

@@ -10,8 +10,8 @@ original. A contribution of a worker that is not a member, or has been replaced,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,12 +27,13 @@ from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.effects import Attach, Effect, Reply, SendWeights
 from downpour_server.members import Members
+from downpour_server.passes import Passes, Trail
 from downpour_server.policy import POLICIES, Gate
 from downpour_server.snapshot import Capture
 from downpour_server.staged import StagedPayloads
 from downpour_server.stats import ShardStats
 from downpour_server.store import StoredChunk
-from downpour_server.tensors import Scratch, from_bytes, is_finite
+from downpour_server.tensors import Scratch, as_bytes, from_bytes, is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class _Ending:
 
 @dataclass(slots=True)
 class _Fetch:
-    """A fetch that is not answered yet. ``seq`` is -1 for a plain pull, which waits for the first weights only.
+    """A fetch that is not answered yet. ``seq`` is -1 for a pull: it waits for the first weights, and ``version``.
 
     ``memory``: where the weights are to be brought; None: they are sent.
     """
@@ -71,10 +72,14 @@ class _Fetch:
     seq: int
     since_s: float
     memory: AttachedMemory | None = None
+    version: int = -1
 
 
 class Shard:
-    """State of one shard; see the module."""
+    """State of one shard; see the module.
+
+    ``keep_previous``, ``skip_non_finite``: see :class:`downpour_server.config.ShardConfig`.
+    """
 
     def __init__(
         self,
@@ -84,15 +89,19 @@ class Shard:
         workers: int,
         timeout_s: float,
         push_dtype: str = "same",
+        keep_previous: bool = False,
+        skip_non_finite: bool = False,
     ) -> None:
         self.identity = identity
         self.layout = layout
         self.stats = ShardStats()
-        scratch = Scratch()
+        keep_previous = keep_previous and mode.synchronous
+        scratch, rule, options = Scratch(), layout.model.rule, layout.model.options
         self.chunks = {
-            c.index: StoredChunk(c, layout.model.rule, layout.model.options[c.group] if c.group >= 0 else {}, scratch)
+            c.index: StoredChunk(c, rule, options[c.group] if c.group >= 0 else {}, scratch, keep_previous)
             for c in layout.of_shard(identity.shard)
         }
+        self._trainable = tuple(stored for stored in self.chunks.values() if stored.trainable)
         self._pushed = {
             i: pushed_as(s.chunk.dtype, push_dtype) if s.trainable else s.chunk.dtype for i, s in self.chunks.items()
         }
@@ -100,7 +109,7 @@ class Shard:
         self._pushed_bytes = {i: s.chunk.numel * itemsize(self._pushed[i]) for i, s in self.chunks.items()}
         self._mode = mode
         self._timeout_s = timeout_s
-        self._members = Members(workers)
+        self._members = Members(workers, take_over=mode.synchronous)
         self._gates: dict[int, Gate] = {}
         for index, stored in self.chunks.items():
             bounded = stored.chunk.kind == "trainable" or mode.synchronous
@@ -114,6 +123,14 @@ class Shard:
         self._staged = StagedPayloads()
         self._capture: Capture | None = None
         self._position: tuple[int, ...] = ()
+        self._stays_home = False
+        self._skips = skip_non_finite
+        self._recovered = False
+        self._passes = Passes()
+        self._trail = Trail() if keep_previous else None
+        self._unaligned: set[int] = set()
+        """chunks whose next round says which one it is: a worker that was lost may have torn the last one of a pass"""
+        self._last_void: dict[int, int] = {}
 
     def start_from(self, clock: int) -> None:
         """The first sequence number of every worker, when the job goes on from a checkpoint.
@@ -124,6 +141,17 @@ class Shard:
         if self._mode.synchronous:
             for stored in self.chunks.values():
                 stored.version = clock
+
+    def recovered(self, first_seq: int, left: Sequence[int] = ()) -> None:
+        """The chunks are those of a former process of this shard, at some moment; the job has gone on since.
+
+        ``first_seq``: number of the first contribution of those who were there at the job's start. ``left``: flat
+        (slot, epoch, first, done) of workers that have left, whose last word the former process had.
+        """
+        self._members.first_seq = first_seq
+        self._recovered = True
+        for slot, epoch, first, done in sorted(zip(*[iter(left)] * 4, strict=True)):
+            self._settle(slot, epoch, done, first)
 
     def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
         """Take one message from a worker; returns what is to be done, in order."""
@@ -152,12 +180,11 @@ class Shard:
                     self._initialise(peer, message, effects)
             case m.EndEpoch():
                 if self._admits(peer, message, effects):
-                    self._ending.append(_Ending(peer, message.request, message.slot, now_s))
-                    self._members.end_epoch(message.slot)
-                    self._members_changed(effects)
+                    self._end_epoch(peer, message, now_s, effects)
             case m.Leave():
                 if self._admits(peer, message, effects):
                     effects.append(Reply(peer, m.Ack(message.request, 0)))
+                    self._settle(message.slot, message.worker_epoch, message.done)
                     self._members.leave(message.slot)
                     self._staged.drop(message.slot)
                     self._lodging.review()
@@ -176,22 +203,30 @@ class Shard:
         """Version of the members in force; 0: those of the start."""
         return self._members.version
 
-    def set_members(self, version: int, epochs: Mapping[int, int]) -> list[Effect]:
-        """The job's workers are these from now on, by slot; an older ``version`` changes nothing.
+    def set_members(self, version: int, epochs: Mapping[int, int], takes_over: Collection[int] = ()) -> list[Effect]:
+        """The job's workers are these from now on, by slot; an older ``version`` changes nothing. ``takes_over``: see
+        :meth:`downpour_server.members.Members.replace`.
 
-        Whatever waited only for one that is no longer a member goes on.
+        Whatever waited only for one that is no longer a member goes on. Where another process takes over, all that the
+        former one has sent stays, and counts as the new one's.
         """
         effects: list[Effect] = []
-        change = self._members.replace(version, epochs)
+        change = self._members.replace(version, epochs, takes_over)
         if change is None:
             return effects
         self._lodging.review()
-        for slot in change.over:
+        for slot in change.over | change.taken_over:
             self._dismiss(slot, effects)
         for index, gate in self._gates.items():
             gate.joined(change.joined)
             for slot in change.lost | change.joined:
                 self.chunks[index].forget(slot)
+            for slot in change.taken_over:
+                self.chunks[index].take_over(slot, epochs[slot])
+        for slot in change.over | change.joined:
+            self._passes.forget(slot)
+            if self._trail is not None:
+                self._trail.forget(slot)
         self._members_changed(effects)
         return effects
 
@@ -207,6 +242,8 @@ class Shard:
                 self._lodging.end()
             worker = (offer.slot, offer.worker_epoch)
             self._attached[offer.slot] = AttachedMemory(worker, memory, self.shared_layout, offer.in_place)
+            if self._stays_home:
+                self._attached[offer.slot].may_lodge = False
             effects.append(Reply(attach.peer, m.Ack(offer.request, 0)))
         return effects
 
@@ -220,6 +257,10 @@ class Shard:
                 names = ", ".join(f"worker/{s}" for s in self._gates[index].waits_for(fetch.slot, fetch.seq))
                 if not self.chunks[index].initialised:
                     names = f"the initial weights of worker/{self._members.chief}"
+                elif fetch.version >= 0:
+                    names = f"version {fetch.version} of chunk {index}, which is at {self.chunks[index].version}" + (
+                        f": {names} must contribute" if names else ""
+                    )
                 reason = f"after {self._timeout_s:g} s still waiting for {names}"
                 self._refuse(fetch.peer, fetch.request, Refusal.TIMED_OUT, reason, effects)
         late = [entry for entry in self._ending if now_s - entry.since_s > self._timeout_s]
@@ -243,6 +284,37 @@ class Shard:
             self._capture.look(stored, self._position)
         self._finish_capture(effects)
         return effects
+
+    # ------------------------------------------------------------ replication, see downpour_server.replica
+
+    def stay_home(self) -> None:
+        """From now on no weights lie in a worker's memory."""
+        self._stays_home = True
+        self._lodging.end()
+        for memory in self._attached.values():
+            memory.may_lodge = False
+
+    def lead(self, term: int) -> None:
+        """Serve in this term. The requests that another one has not answered are not this one's."""
+        self.identity = replace(self.identity, shard_epoch=term)
+        self._fetches = {index: [] for index in self.chunks}
+        self._ending.clear()
+
+    def knows(self, message: FromWorker) -> bool:
+        """Whether the message, for who its sender is alone, changes nothing here."""
+        return message.job != self.identity.job or self._members.knows(message.slot, message.worker_epoch)
+
+    def payload_of(self, push: m.PushPullShared | m.PushPullStaged) -> memoryview | None:
+        """What a contribution without a payload means; None if it is not here."""
+        if isinstance(push, m.PushPullStaged):
+            held = self._staged.look(push)
+            return None if held is None else as_bytes(held.gradient)
+        stored, memory = self.chunks.get(push.chunk), self._memory_of(push)
+        return (
+            None
+            if stored is None or not stored.trainable or memory is None
+            else as_bytes(memory.gradient(stored.chunk))
+        )
 
     # ------------------------------------------------------------ contributions
 
@@ -336,29 +408,50 @@ class Shard:
         finite: bool | None = None,
     ) -> bool:
         """Apply a contribution or let it wait for its round, unless it is a repeat; False, with a refusal, if not."""
+        if push.shard_epoch < self.identity.shard_epoch:
+            self.stats.refused += 1
+            return False  # meant for a former process; its worker sends it again once it has heard of this one
         window = stored.window(push.slot, push.worker_epoch, self._members.first_seq)
         seen = window.look(push.seq)
-        objection = self._objection(push, stored, seen, gradient, finite)
+        objection, void = self._objection(push, stored, seen), False
+        if objection is None and stored.trainable and seen is Seen.NEW:
+            void = not (is_finite(gradient) if finite is None else finite)
+            if void and not self._skips:
+                objection = Refusal.NON_FINITE, "holds NaN or Inf and was not applied"
         if objection is not None:
             code, reason = objection
             reason = f"contribution {push.seq} of worker/{push.slot} {reason}"
             self._refuse(peer, push.request, code, reason, effects)
             return False
+        if window.unsettled:
+            window.unsettled = False
+            if stored.trainable:
+                self.stats.lose(push.slot, push.chunk, window.settle(push.seq))
         if seen is Seen.REPEAT:
             self.stats.repeats += 1
+            if self._recovered:  # the checkpoint has the contribution, but not how far its worker was
+                self._gates[push.chunk].reached(push.slot, push.seq + 1)
         else:
             window.record(push.seq)
             if not isinstance(push, m.PushPullStaged):  # whose bytes came before
                 self.stats.bytes_in += self._pushed_bytes[stored.chunk.index]
             contribution = Contribution(
-                push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position
+                push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position, void
             )
+            if void:
+                self._count_void(contribution)
+            if self._trail is not None and stored.trainable:
+                self._trail.note(push.slot, push.seq, push.position)
             self._apply(stored, self._gates[push.chunk].offer(contribution))
         return True
 
-    def _objection(
-        self, push: m.Contribution, stored: StoredChunk, seen: Seen, gradient: torch.Tensor, finite: bool | None
-    ) -> tuple[Refusal, str] | None:
+    def _count_void(self, contribution: Contribution) -> None:
+        """Once for all chunks here, which get the same number one after the other."""
+        if self._last_void.get(contribution.slot) != contribution.seq:
+            self._last_void[contribution.slot] = contribution.seq
+            self.stats.non_finite[contribution.slot] += 1
+
+    def _objection(self, push: m.Contribution, stored: StoredChunk, seen: Seen) -> tuple[Refusal, str] | None:
         """Why a contribution must not be applied; a refused one leaves no trace, so it may come again, repaired."""
         epoch = self.identity.shard_epoch
         if push.shard_epoch != epoch:
@@ -373,8 +466,6 @@ class Shard:
             return Refusal.NOT_READY, f"is early: chunk {push.chunk} has no weights yet; pull before the first push"
         if not stored.understands(push.hyper):
             return Refusal.MALFORMED, "has options that the update rule cannot take"
-        if stored.trainable and not (is_finite(gradient) if finite is None else finite):
-            return Refusal.NON_FINITE, "holds NaN or Inf and was not applied"
         return None
 
     def _memory_of(self, message: m.Contribution | m.Pull) -> AttachedMemory | None:
@@ -384,12 +475,16 @@ class Shard:
 
     def _apply(self, stored: StoredChunk, rounds: Iterable[list[Contribution]]) -> None:
         for round_ in rounds:
+            if self._unaligned and stored.chunk.index in self._unaligned:
+                self._unaligned.remove(stored.chunk.index)
+                stored.version = max(stored.version, *(c.seq for c in round_))
+            counted = [c for c in round_ if not c.void] if self._skips else round_
             if stored.trainable:
-                for contribution in round_:
+                for contribution in counted:
                     self.stats.staleness[max(0, stored.version - contribution.base_version)] += 1
                     self.stats.applied += 1
                 self.stats.updates += 1
-            stored.apply(round_)
+            stored.apply(counted)
             self._position = max(self._position, *(c.position for c in round_))
             if stored.trainable:
                 self.stats.round = max(self.stats.round, stored.version)
@@ -401,8 +496,13 @@ class Shard:
         stored, gate = self.chunks[index], self._gates[index]
         kept = []
         for fetch in self._fetches[index]:
-            if not stored.initialised or not (fetch.seq < 0 or gate.may_answer(fetch.slot, fetch.seq)):
+            if not stored.initialised or not (
+                fetch.version <= stored.version if fetch.seq < 0 else gate.may_answer(fetch.slot, fetch.seq)
+            ):
                 kept.append(fetch)
+                continue
+            if 0 <= fetch.version < stored.version and fetch.slot not in self._members.ended:
+                self._answer_previous(stored, fetch, effects)
                 continue
             if fetch.seq >= 0 and stored.trainable:
                 self.stats.clock_gap_max = max(self.stats.clock_gap_max, gate.clock_gap(fetch.slot, fetch.seq))
@@ -414,17 +514,61 @@ class Shard:
                 effects.append(SendWeights(fetch.peer, fetch.request, stored))
         self._fetches[index] = kept
 
+    def _answer_previous(self, stored: StoredChunk, fetch: _Fetch, effects: list[Effect]) -> None:
+        """Answer a fetch of a version that is over."""
+        index = stored.chunk.index
+        if fetch.version != stored.previous_version:
+            reason = (
+                f"chunk {index} is at version {stored.version}, and its weights of version {fetch.version} are gone"
+            )
+            self._refuse(fetch.peer, fetch.request, Refusal.STALE_SEQ, reason, effects)
+            return
+        self.stats.bytes_out += stored.nbytes
+        if fetch.memory is not None:
+            self._lodging.answer_previous(stored, fetch.memory)
+            effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, fetch.version)))
+        else:
+            effects.append(SendWeights(fetch.peer, fetch.request, stored, previous=True))
+
+    def _end_epoch(self, peer: Peer, message: m.EndEpoch, now_s: float, effects: list[Effect]) -> None:
+        which = (message.loader, message.epoch)
+        if self._passes.is_over(which):
+            effects.append(Reply(peer, m.Ack(message.request, self._round())))
+            return
+        self._ending.append(_Ending(peer, message.request, message.slot, now_s))
+        self._passes.end(message.slot, which)
+        self._members.end_epoch(message.slot)
+        self._members_changed(effects)
+
+    def _round(self) -> int:
+        """The round that the next contributions are meant for; 0 where they are not numbered so."""
+        return max((s.version for s in self._trainable), default=0) if self._mode.synchronous else 0
+
     def _members_changed(self, effects: list[Effect]) -> None:
         for index, gate in self._gates.items():
             self._apply(self.chunks[index], gate.members_changed())
             self._answer(index, effects)
         if self._members.turn_over():
-            effects.extend(Reply(entry.peer, m.Ack(entry.request, 0)) for entry in self._ending)
+            if self._passes.turn_over() and self._mode.synchronous:
+                self._number_from(self._round())
+            effects.extend(Reply(entry.peer, m.Ack(entry.request, self._round())) for entry in self._ending)
             self._ending.clear()
         self._finish_capture(effects)
 
+    def _number_from(self, round_: int) -> None:
+        """The next contributions of all are meant for this round: who had no part in the last ones skips numbers."""
+        for stored in self._trainable:
+            self._gates[stored.chunk.index].epoch_over()
+            stored.number_from_version(round_)
+            self._unaligned.add(stored.chunk.index)
+        if self._trail is not None:
+            self._trail.begin_at(round_)
+
     def _dismiss(self, slot: int, effects: list[Effect]) -> None:
-        """The worker that was in ``slot`` is not a member any more: nothing of it waits here."""
+        """The worker that was in ``slot`` is not a member any more: none of its requests waits here."""
+        if slot in self._attached:  # where it may write once it has been told
+            for gate in self._gates.values():
+                gate.own(slot)
         reason = f"worker/{slot} is no longer a member of the job, or has been replaced"
         waiting: list[_Fetch | _Ending] = [entry for entry in self._ending if entry.slot == slot]
         self._ending = [entry for entry in self._ending if entry.slot != slot]
@@ -439,6 +583,8 @@ class Shard:
     def _finish_capture(self, effects: list[Effect]) -> None:
         if self._capture is not None and (written := self._capture.effect()) is not None:
             self._capture = None
+            if not written.error:
+                written.document.update(self.stats.losses())
             effects.append(written)
 
     # ------------------------------------------------------------ everything else
@@ -450,9 +596,56 @@ class Shard:
             reason = f"worker/{hello.slot} has a model of another layout than the job"
             self._refuse(peer, hello.request, Refusal.MODEL_DIFFERS, reason, effects)
             return
-        clock = max((gate.clock_of(hello.slot) for gate in self._gates.values()), default=0)
-        identity, first = self.identity, self._members.first_seq + clock
-        effects.append(Reply(peer, m.HelloReply(hello.request, identity.shard, identity.shard_epoch, first)))
+        self._settle(hello.slot, hello.worker_epoch, hello.done, hello.first)
+        if self._recovered and hello.done < 0:  # it begins here and now, so nothing of it was lost
+            for stored in self._trainable:
+                stored.window(hello.slot, hello.worker_epoch, self._members.first_seq).unsettled = False
+        slot, clock = hello.slot, self._clock_of(hello)
+        effects.append(
+            Reply(
+                peer,
+                m.HelloReply(
+                    hello.request,
+                    self.identity.shard,
+                    self.identity.shard_epoch,
+                    clock,
+                    () if self._trail is None else self._trail.before(slot, clock),
+                    self._next_number(hello, [s for s in self.chunks.values() if s.chunk.kind == "buffer"]),
+                    self._passes.ended.get(slot, ()),
+                ),
+            )
+        )
+        if hello.done >= 0:
+            for index, gate in self._gates.items():
+                gate.reached(slot, hello.done)
+                self._answer(index, effects)
+
+    def _clock_of(self, hello: m.Hello) -> int:
+        """Number of the next contribution of a worker to this shard's trainable chunks."""
+        if not self._mode.synchronous:
+            clocks = (gate.clock_of(hello.slot) for gate in self._gates.values())
+            return self._members.first_seq + max(clocks, default=0)
+        if hello.slot in self._members.ended:  # it waits for the others, wherever they are
+            return min((s.version for s in self._trainable), default=self._members.first_seq)
+        return self._next_number(hello, self._trainable)
+
+    def _next_number(self, hello: m.Hello, chunks: Iterable[StoredChunk]) -> int:
+        first, rounds = self._members.first_seq, self._mode.synchronous
+        windows = [  # a round is named by the version that it changes
+            s.window(hello.slot, hello.worker_epoch, s.version if rounds and s.trainable else first) for s in chunks
+        ]
+        return min((window.next_number for window in windows), default=first)
+
+    def _settle(self, slot: int, worker_epoch: int, done: int, first: int = -1) -> None:
+        """A worker has answers to all contributions from ``first`` (-1: the job's first) on and below ``done``: what of
+        them is not here was lost with a former process of this shard."""
+        if not self._recovered or done < 0:
+            return
+        for stored in self._trainable:
+            window = stored.restored_window(slot, worker_epoch, self._members.first_seq if first < 0 else first)
+            if window is not None:
+                window.settle(first)  # below it there never was anything
+                self.stats.lose(slot, stored.chunk.index, window.settle(done))
 
     def _initialise(self, peer: Peer, init: m.Init, effects: list[Effect]) -> None:
         stored = self._stored(peer, init.request, init.chunk, init.payload, effects)
@@ -474,7 +667,7 @@ class Shard:
             return
         if not stored.trainable or (memory is not None and not memory.in_place):
             memory = None
-        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s, memory))
+        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s, memory, pull.version))
         self._answer(pull.chunk, effects)
 
     def _pushed_to(

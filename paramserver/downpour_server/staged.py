@@ -40,7 +40,13 @@ class StagedPayloads:
 
     def take(self, push: m.PushPullStaged) -> Held | None:
         """Exactly the payload that ``push`` means, or None; in either case none is held for its slot and chunk then."""
-        held = self._held.pop((push.slot, push.chunk), None)
+        held = self.look(push)
+        self._held.pop((push.slot, push.chunk), None)
+        return held
+
+    def look(self, push: m.PushPullStaged) -> Held | None:
+        """As :meth:`take`, and it stays."""
+        held = self._held.get((push.slot, push.chunk))
         if held is None or (held.worker_epoch, held.stage) != (push.worker_epoch, push.stage):
             return None
         return held if push.digest in (b"", held.digest) else None

@@ -23,7 +23,25 @@ class ShardStats:
     updates: int = 0
     round: int = 0
     """newest version of any trainable chunk"""
+    lost: int = 0
+    """contributions to trainable chunks that a former process of this shard had, and this one has not"""
+    lost_pushes: dict[int, int] = field(default_factory=dict)
+    """by slot: the largest number of them over the chunks"""
+    non_finite: Counter[int] = field(default_factory=Counter)
+    """by slot: contributions with NaN or Inf that were left out"""
+    _lost: Counter[tuple[int, int]] = field(default_factory=Counter)
     _reported_round: int = 0
+
+    def lose(self, slot: int, chunk: int, count: int) -> None:
+        """``count`` more contributions of ``slot`` to ``chunk`` will never be here."""
+        if count:
+            self.lost += count
+            self._lost[slot, chunk] += count
+            self.lost_pushes[slot] = max(self.lost_pushes.get(slot, 0), self._lost[slot, chunk])
+
+    def losses(self) -> dict[str, Any]:
+        """The part of :meth:`document` that is kept with checkpoints."""
+        return {"lost": self.lost, "lost_pushes": {str(slot): n for slot, n in sorted(self.lost_pushes.items())}}
 
     def document(self) -> dict[str, Any]:
         """Plain values for the coordinator; ``rounds_per_report`` is what has come since the last call."""
@@ -40,4 +58,6 @@ class ShardStats:
             "updates": self.updates,
             "round": self.round,
             "rounds_per_report": rounds,
+            "non_finite": {str(slot): n for slot, n in sorted(self.non_finite.items())},
+            **self.losses(),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,18 @@ from downpour_server.tensors import Scratch, as_bytes, from_bytes, torch_dtype, 
 class StoredChunk:
     """Holds and changes one chunk. ``version`` counts the updates it has absorbed; chunks may share a ``scratch``.
 
-    ``lodging``: its weights lie in a worker's memory, see :mod:`downpour_server.attached`.
+    ``lodging``: its weights lie in a worker's memory, see :mod:`downpour_server.attached`. ``keep_previous``: of a
+    trainable chunk the weights before the newest update are kept, too.
     """
 
-    def __init__(self, chunk: Chunk, rule: str, options: Mapping[str, Any], scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        chunk: Chunk,
+        rule: str,
+        options: Mapping[str, Any],
+        scratch: Scratch | None = None,
+        keep_previous: bool = False,
+    ) -> None:
         self.chunk = chunk
         self.trainable = chunk.kind == "trainable"
         self.nbytes = chunk.nbytes
@@ -40,6 +48,11 @@ class StoredChunk:
         self._understood = b""
         self._latest: dict[int, torch.Tensor] = {}
         self._windows: dict[int, tuple[int, DedupWindow]] = {}
+        self.previous_version = -1
+        """-1: nothing is kept of before"""
+        self._keep_previous = keep_previous and self.trainable
+        self._previous: torch.Tensor | None = None
+        self._previous_readers: list[Sent] = []
         self._readers: list[Sent] = []
         self._state_readers: list[Sent] = []
 
@@ -55,6 +68,25 @@ class StoredChunk:
         if known is None or known[0] < worker_epoch:
             known = self._windows[slot] = (worker_epoch, DedupWindow(first_seq))
         return known[1]
+
+    def restored_window(self, slot: int, worker_epoch: int, first_seq: int) -> DedupWindow | None:
+        """The window of a worker that has spoken to this chunk's former shard, while it may have gaps; else None."""
+        known = self._windows.get(slot)
+        if known is None or known[0] < worker_epoch:
+            known = self._windows[slot] = (worker_epoch, DedupWindow(first_seq, unsettled=True))
+        return known[1] if known[0] == worker_epoch and known[1].unsettled else None
+
+    def take_over(self, slot: int, worker_epoch: int) -> None:
+        """The window of ``slot`` is this epoch's from now on."""
+        known = self._windows.get(slot)
+        if known is not None:
+            self._windows[slot] = (worker_epoch, known[1])
+
+    def number_from_version(self, version: int) -> None:
+        """The next contribution of everybody is meant for ``version``, which is the chunk's."""
+        self.version = version
+        for _, window in self._windows.values():
+            window.begin_at(version)
 
     def forget(self, slot: int) -> None:
         """What the worker in ``slot`` said last of a buffer does not count any more."""
@@ -74,7 +106,12 @@ class StoredChunk:
         return True
 
     def apply(self, round_: list[Contribution]) -> None:
-        """Absorb one round as one update."""
+        """Absorb one round as one update. An empty one only counts."""
+        if not round_:
+            if self._keep_previous:
+                self._keep_weights()
+            self.version += 1
+            return
         self._before_write()
         if self._rule is None:
             self._replace(round_)
@@ -97,22 +134,36 @@ class StoredChunk:
         else:
             self.weights.copy_(latest[0])
 
-    def payload(self) -> memoryview:
-        """The weights' memory, to be sent as it is; tell :meth:`being_read` what the transport says.
+    @property
+    def previous(self) -> torch.Tensor:
+        """The weights at :attr:`previous_version`, if that is not -1."""
+        assert self._previous is not None
+        return self._previous
+
+    def payload(self, previous: bool = False) -> memoryview:
+        """The weights' memory, or the previous ones', to be sent as it is; tell :meth:`being_read` what becomes of it.
 
         Memory that is not this shard's own is copied, for nobody here knows when it is written next.
         """
+        if previous:
+            return as_bytes(self.previous)
         return as_bytes(self.weights.clone() if self.lodging else self.weights)
 
-    def being_read(self, sent: Sent) -> None:
+    def being_read(self, sent: Sent, previous: bool = False) -> None:
         """What :meth:`payload` gave is under way without a copy until ``sent.done``."""
-        if not self.lodging and not sent.done:
+        if previous:
+            if not sent.done:
+                self._previous_readers = [r for r in self._previous_readers if not r.done]
+                self._previous_readers.append(sent)
+        elif not self.lodging and not sent.done:
             self._readers = [r for r in self._readers if not r.done]
             self._readers.append(sent)
 
     def _before_write(self) -> None:
         """Copy on write: a reader that is still sending keeps the old memory, so nobody sees a torn chunk."""
-        if self._readers:
+        if self._keep_previous:
+            self._keep_weights()
+        elif self._readers:
             if not all(r.done for r in self._readers):
                 self.weights = self.weights.clone()
             self._readers = []
@@ -122,6 +173,23 @@ class StoredChunk:
                 own = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
                 self._rule.load_state(self.weights, own)
             self._state_readers = []
+
+    def _keep_weights(self) -> None:
+        """The weights become the previous ones; they lie in memory of their own then, which nobody reads.
+
+        What is being read stays where it is, as the previous weights, and the next ones go where the former previous
+        ones were: so there is one copy for each update, and no new memory unless somebody reads for two updates.
+        """
+        spare = self._previous
+        if spare is None or not all(r.done for r in self._previous_readers):
+            spare = torch.empty_like(self.weights)
+        spare.copy_(self.weights)
+        self._previous_readers = [r for r in self._readers if not r.done]
+        self._previous = spare
+        if self._previous_readers:
+            self._previous, self.weights = self.weights, spare
+        self._readers = []
+        self.previous_version = self.version
 
     # ------------------------------------------------------------ where the weights are
 
@@ -158,13 +226,27 @@ class StoredChunk:
         ]
         return tensors, {"version": self.version, "scalars": scalars, "windows": windows}
 
-    def restore(self, weights: torch.Tensor, state: Mapping[str, torch.Tensor | float], version: int) -> None:
-        """Start from a checkpoint's values instead of the chief's."""
+    def adopt(self, hyper: bytes) -> None:
+        """Go on with the options that were in force last, as another shard had them."""
+        if hyper and self._rule is not None:
+            self._hyper = hyper
+            self._rule.set_options(wire.unpack(hyper))
+
+    def restore(
+        self,
+        weights: torch.Tensor,
+        state: Mapping[str, torch.Tensor | float],
+        version: int,
+        windows: Iterable[tuple[int, int, int, Iterable[int]]] = (),
+    ) -> None:
+        """Start from a checkpoint's values instead of the chief's; ``windows`` as :meth:`capture` has them."""
         self.weights.copy_(weights)
         self.version = version
         self.initialised = True
         if self._rule is not None:
             self._rule.load_state(self.weights, dict(state))
+        for slot, epoch, next_seq, above in windows:
+            self._windows[slot] = (epoch, DedupWindow(next_seq, set(above), unsettled=True))
 
 
 def _same_kind(known: Any, value: Any) -> bool:

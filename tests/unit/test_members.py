@@ -173,17 +173,18 @@ def test_a_worker_that_joins_between_two_passes_is_in_every_round_from_then_on()
     d.members(1, (0, 0), (1, 0), (2, 0))
     hello = d.hello(slot=2)
     assert isinstance(hello, m.HelloReply)
-    assert hello.clock == 0
+    assert hello.clock == 1, "the round that is open"
     assert d.push_pull(0, 0, 1, ones(3, 0, 0, 0)) is None
     assert d.push_pull(0, 1, 1, ones(0, 3, 0, 0)) is None
-    assert values_of(d.push_pull(0, 2, 0, ones(0, 0, 3, 0))) == [1, 1, 1, 2]
-    assert d.push_pull(0, 2, 0, ones(9, 9, 9, 9)) is not None, "a repeat"
-    assert d.push_pull(0, 2, 1, ones(0, 0, 0, 0)) is None
+    assert values_of(d.push_pull(0, 2, 1, ones(0, 0, 3, 0))) == [1, 1, 1, 2]
+    assert d.push_pull(0, 2, 1, ones(9, 9, 9, 9)) is not None, "a repeat"
+    assert d.push_pull(0, 2, 2, ones(0, 0, 0, 0)) is None
 
 
-def test_a_restarted_worker_begins_anew_and_what_its_predecessor_left_does_not_count() -> None:
+def test_a_worker_that_comes_after_one_that_has_left_begins_anew_and_what_that_one_sent_does_not_count() -> None:
     d = driver("sync", 2)
     d.push(0, 1, 0, ones(9, 9, 9, 9))
+    d.leave(1)
     d.members(1, (0, 0), (1, 1))
     assert d.push_pull(0, 0, 0, ones(2, 0, 0, 0)) is None
     assert values_of(d.push_pull(0, 1, 0, ones(0, 2, 0, 0), worker_epoch=1)) == [1, 1, 0, 0]

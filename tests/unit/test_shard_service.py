@@ -4,6 +4,7 @@ what was said or asks twice gets what it needs."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from unit_kit import JOB, model, payload, tensor
+from unit_kit import JOB, ShardDriver, model, payload, tensor, values_of
 
 from downpour_common import messages as m
 from downpour_common import wire
@@ -20,7 +21,7 @@ from downpour_common.transport.memory import MemoryClient, MemoryNetwork
 from downpour_server.config import ShardConfig
 from downpour_server.keeper import SnapshotKeeper
 from downpour_server.service import ShardService
-from downpour_server.snapshot import WriteSnapshot
+from downpour_server.snapshot import WriteSnapshot, write
 from downpour_server.upload import PART_BYTES
 
 MODEL = model(tensor("w", 4))
@@ -342,3 +343,33 @@ def test_keys_that_are_not_all_there_are_refused_without_telling_them(missing: s
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(CONFIG, keys=keys).transport_keys()
     assert not any(key in str(caught.value) for key in Z85)
+
+
+@pytest.mark.parametrize("job", [JOB, "job-2"])
+def test_a_shard_that_recovers_goes_on_from_its_own_file_or_says_why_not(tmp_path: Path, job: str) -> None:
+    config = dataclasses.replace(CONFIG, folder=str(tmp_path))
+    first = ShardDriver(MODEL, chunk_bytes=config.chunk_bytes)
+    first.init_all(7.0)
+    first.push(0, 1, 0, torch.ones(4))
+    first.snapshot()
+    entry = write(dataclasses.replace(first.written[0], folder=str(tmp_path / "cut")))
+    fields = {"job": job, "clock": 30, "shards": 1, "chunk_bytes": config.chunk_bytes, "model": MODEL.to_wire()}
+    (tmp_path / "cut" / "manifest.json").write_text(json.dumps({**fields, "files": [entry]}))
+    bench = Bench(config)
+    say = m.SetUpShard(MODEL.to_wire(), "cut", recovers=True, clock=0)
+    for message in (m.Hello(1, JOB, 1, 0, MODEL.digest, 3), m.Pull(2, JOB, 0, 0, 0), HELLO):
+        bench.turns.append(lambda: None)
+        bench.turns.append(lambda message=message: bench.worker.send("server-0", message))  # type: ignore[misc]
+    bench.turns.insert(0, lambda: bench.say(say))
+    told = bench.run()
+    [ready] = of_type(told, m.ShardReady)
+    if job != JOB:
+        assert "job-2" in ready.error
+        return
+    assert ready.error == ""
+    answers = arrived(bench.worker)
+    assert answers[0] == m.HelloReply(1, 0, 3, 0)
+    assert isinstance(answers[1], m.Weights)
+    assert (answers[1].version, values_of(answers[1])) == (1, [8, 8, 8, 8])
+    report = of_type(told, m.ShardReport)[-1].document
+    assert (report["lost"], report["lost_pushes"], report["initialised"]) == (2, {"1": 2}, True)

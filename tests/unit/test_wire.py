@@ -120,7 +120,7 @@ def _assert_conforms(message: Message) -> None:
 
 def test_all_messages_are_found() -> None:
     """A dataclass that forgets its TAG could be neither sent nor noticed."""
-    bases = {m.Message, m.Request, m.Contribution, m.FromShard, m.WorkerRequest, m.WorkerNotice}
+    bases = {m.Message, m.Request, m.Contribution, m.Item, m.FromShard, m.WorkerRequest, m.WorkerNotice}
     assert set(DECLARED) - set(MESSAGES) == bases
     assert len({cls.TAG for cls in MESSAGES}) == len(MESSAGES) > 20
 
@@ -180,7 +180,7 @@ CONTRIBUTION_HEX = (
     "c40581a26c7201"  # hyper
 )
 HEADERS: dict[str, tuple[Message, str]] = {
-    "Hello": (m.Hello(7, "j1", 2, 0, "ab", 5), "97 01 07 a26a31 02 00 a26162 05"),
+    "Hello": (m.Hello(7, "j1", 2, 0, "ab", 5, 3), "98 01 07 a26a31 02 00 a26162 05 03"),
     "Push": (m.Push(*CONTRIBUTION), "9c 03" + CONTRIBUTION_HEX),
     "PushPull": (m.PushPull(*CONTRIBUTION), "9c 04" + CONTRIBUTION_HEX),
     "Weights": (m.Weights(128, 70_000, 1 << 40, b"\x00" * 4), "94 12 cc80 ce00011170 cf0000010000000000"),
@@ -230,7 +230,7 @@ def test_tags_and_fields_are_those_of_the_protocol() -> None:
 
 def _hello(**fields_: Any) -> bytes:
     start: dict[str, Any] = {"tag": 1, "request": 7, "job": "j", "slot": 2, "worker_epoch": 0}
-    row = {**start, "digest": "ab", "done": -1, **fields_}
+    row = {**start, "digest": "ab", "done": -1, "first": -1, **fields_}
     packed: bytes = msgpack.packb(list(row.values()))
     return packed
 
@@ -267,7 +267,7 @@ BAD: dict[str, list[bytes]] = {
     "tag unknown": [msgpack.packb([99])],
     "tag negative": [msgpack.packb([-1])],
     "too few fields": [msgpack.packb([1, 7, "j", 2, 0])],
-    "too many fields": [msgpack.packb([1, 7, "j", 2, 0, "ab", 0, 0])],
+    "too many fields": [msgpack.packb([1, 7, "j", 2, 0, "ab", 0, 0, 0])],
     "bytes after the array": [_hello() + b"\x00"],
     "cut short": [_hello()[:-1]],
     "never-used byte": [b"\xc1"],

@@ -181,6 +181,17 @@ class ScaleJob(Request):
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointNow(Request):
+    """Have a checkpoint begin now. Answered by :class:`Reply` at once with how far it is; asked again until it is
+    committed. ``downpour run`` answers it as well."""
+
+    TAG = 110
+    job: str
+    token: str
+    """random; with the same token it is the same wish"""
+
+
+@dataclass(frozen=True, slots=True)
 class ListNodes(Request):
     """Answered by :class:`Reply` with ``nodes``."""
 

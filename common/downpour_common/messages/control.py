@@ -47,6 +47,8 @@ class SetUpShard(Message):
     checkpoint, windows against repeats included"""
     clock: int = -1
     """number of the first contribution of the job's first workers; -1: the checkpoint's clock"""
+    left: tuple[int, ...] = ()
+    """with ``recovers``: flat (slot, worker_epoch, first, done), as in :class:`Goodbye`, of workers that have left"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class SetMembers(Message):
     version: int
     slots: tuple[int, ...]
     """flat (slot, worker_epoch) pairs"""
+    takes_over: tuple[int, ...] = ()
+    """sync: slots whose workers go on where one before them was, which may have died after it had left the shards"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,49 @@ class SnapshotPart(Request):
     """file name within the snapshot's folder"""
     offset: int
     payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class SetBackup(Message):
+    """To a leader: this process is its follower from now on. It names itself to the leader (:class:`Replicated`).
+
+    Until that one is complete, and for good with ``process`` -1, the leader answers alone. Repeated until the leader's
+    reports say so.
+    """
+
+    TAG = 34
+    term: int
+    """of the leader; another one ignores it"""
+    process: int
+    """may be -1: none"""
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Follow(Message):
+    """To a shard process that is set up as a follower: its leader, by term and data address. Repeated until its
+    reports say so; one of an older term is ignored."""
+
+    TAG = 36
+    term: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promote(Message):
+    """To a follower that is complete: it leads from now on, in this term. Answered by :class:`Promoted`."""
+
+    TAG = 37
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted(FromShard):
+    """The answer to every :class:`Promote`: the process leads in ``term``, or ``error`` says why it does not."""
+
+    TAG = 45
+    term: int
+    error: str
 
 
 # ---------------------------------------------------------------- worker ↔ coordinator
@@ -296,6 +343,9 @@ class Goodbye(WorkerRequest):
     """it leaves before its script was done, because it was asked to (SIGTERM)"""
     torn: int
     """sync: samples of its part of the open pass that nobody will train"""
+    first: int = -1
+    done: int = -1
+    """numbers of its first contribution and of the one that would come next; all in between were answered. -1: none"""
 
 
 @dataclass(frozen=True, slots=True)

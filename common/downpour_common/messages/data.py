@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from downpour_common.messages.base import Buffer, Request
+from downpour_common.messages.base import Buffer, Message, Request
 
 # ---------------------------------------------------------------- worker → shard
 
@@ -26,6 +26,8 @@ class Hello(Request):
     done: int = -1
     """to a shard that has taken another's place: number of the first contribution that the former one may not have
     answered; -1: this worker begins"""
+    first: int = -1
+    """with ``done``: number of this worker's first contribution"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,9 @@ class EndEpoch(Request):
     job: str
     slot: int
     worker_epoch: int
-    loader: int = 0
+    loader: int = -1
     epoch: int = 0
-    """which pass it is that ends"""
+    """which pass it is that ends; a loader of -1: none that is known, and numbers go on as they are"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,40 @@ class PushPullStaged(Contribution):
     """of the payload meant, as in :class:`Staged`; empty where its memory cannot have changed under way"""
 
 
+# ---------------------------------------------------------------- a shard's follower → its leader
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated(Message):
+    """A follower holds all items of ``stream`` up to ``number``. Said at once when there is news, and every 0.5 s.
+
+    ``stream`` 0: it holds nothing yet. The leader begins a new stream unless it has one for this follower.
+    """
+
+    TAG = 12
+    job: str
+    shard: int
+    term: int
+    """of the leader that it follows"""
+    process: int
+    """the follower's process among the job's servers, and its epoch: who it is to the coordinator"""
+    epoch: int
+    stream: int
+    number: int
+    again: bool
+    """what came last leaves a gap: everything above ``number`` is to be sent again"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced(Message):
+    """To a leader whose term is over: ``term`` is the one in force."""
+
+    TAG = 13
+    job: str
+    shard: int
+    term: int
+
+
 # ---------------------------------------------------------------- shard → worker
 
 
@@ -233,3 +269,44 @@ class Staged(Request):
     TAG = 21
     digest: bytes
     """64-bit XXH3 of the payload as it came, most significant byte first"""
+
+
+# ---------------------------------------------------------------- a shard's leader → its follower
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Message):
+    """Base of what a leader says, numbered from 1 in each stream. A newer stream begins everything anew."""
+
+    term: int
+    stream: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate(Item):
+    """An input of the leader's, to be taken exactly as the leader takes it. Acknowledged by :class:`Replicated`."""
+
+    TAG = 24
+    message: bytes
+    """the input's header frame"""
+    bare: bool
+    """the input has no payload; ``payload`` is empty then"""
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState(Item):
+    """A part of the leader's whole state as it was when the stream began; inputs since then may come in between."""
+
+    TAG = 25
+    last: bool
+    payload: Buffer
+    """the next bytes of the state, at most 1 MiB; see ``downpour_server.state``"""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaComplete(Item):
+    """From here on no answer leaves the leader before the follower holds every input that it may follow from."""
+
+    TAG = 26

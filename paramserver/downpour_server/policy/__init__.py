@@ -29,6 +29,15 @@ class Gate(Protocol):
     def joined(self, slots: Collection[int]) -> None:
         """New workers are in these slots, and counted among the members; they have contributed nothing yet."""
 
+    def own(self, slot: int) -> None:
+        """Memory of ``slot``'s worker may change from now on: what waits here and lies in it is to be copied."""
+
+    def epoch_over(self) -> None:
+        """All have ended their epoch, and nothing waits here; numbers of contributions begin anew at the version."""
+
+    def reached(self, slot: int, seq: int) -> None:
+        """``slot`` has contributed all below ``seq`` to a shard whose place this one has taken."""
+
     def clock_of(self, slot: int) -> int:
         """Clocks that ``slot`` counts as having completed, those from before it joined included; 0 where none count."""
 

@@ -26,6 +26,15 @@ class AsyncGate:
     def joined(self, _slots: Collection[int]) -> None:
         """See :class:`downpour_server.policy.Gate`."""
 
+    def own(self, _slot: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
+    def epoch_over(self) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
+    def reached(self, _slot: int, _seq: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
     def clock_of(self, _slot: int) -> int:
         """Not counted: nobody waits for it."""
         return 0

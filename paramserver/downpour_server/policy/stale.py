@@ -44,6 +44,16 @@ class StaleGate:
         for slot in slots:
             self._done[slot] = base
 
+    def own(self, _slot: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
+    def epoch_over(self) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
+    def reached(self, slot: int, seq: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+        self._done[slot] = max(self.clock_of(slot), seq - self._members.first_seq)
+
     def clock_of(self, slot: int) -> int:
         """See :class:`downpour_server.policy.Gate`."""
         return self._done.get(slot, 0)

@@ -45,6 +45,18 @@ class SyncGate:
             self._queues.pop(slot, None)
             self._applied.pop(slot, None)
 
+    def own(self, slot: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+        for contribution in self._queues.get(slot, ()):
+            contribution.gradient = contribution.gradient.clone()
+
+    def epoch_over(self) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+        self._applied.clear()
+
+    def reached(self, _slot: int, _seq: int) -> None:
+        """See :class:`downpour_server.policy.Gate`."""
+
     def clock_of(self, _slot: int) -> int:
         """Not counted: a round waits for all."""
         return 0
