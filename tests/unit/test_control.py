@@ -105,8 +105,8 @@ def test_everything_names_job_slot_and_epoch(desk: Desk) -> None:
     desk.control.barrier()
     desk.control.log(11, {"loss": 0.5})
     desk.control.settle()
-    desk.control.goodbye(True, 17)
-    desk.control.progress(Counters(5, samples=6, pushes=7, pulls=8, wait_s=1.5), 5, 2, (9, 10))
+    desk.control.goodbye(True, 17, (3, 8))
+    desk.control.progress(Counters(5, samples=6, pushes=7, pulls=8, wait_s=1.5), 5, 2, (9, 10), (3, 4))
     desk.control.failed(ValueError("bad"), "x" * 70_000 + "end")
     server.join()
     begin, barrier, log, goodbye, progress, failure = desk.heard
@@ -114,8 +114,8 @@ def test_everything_names_job_slot_and_epoch(desk: Desk) -> None:
     assert (begin.loader, begin.epoch, begin.clock) == (0, 7, 9)
     assert barrier.name == "barrier"
     assert (log.clock, log.values) == (11, {"loss": 0.5})
-    assert (goodbye.drained, goodbye.torn) == (True, 17)
-    assert progress == m.Progress(*ME, 5, 2, 6, 7, 8, 9, 10, 1.5)
+    assert (goodbye.drained, goodbye.torn, goodbye.first, goodbye.done) == (True, 17, 3, 8)
+    assert progress == m.Progress(*ME, 5, 2, 6, 7, 8, 9, 10, 1.5, (3, 4))
     assert failure.error == "ValueError: bad"
     assert len(failure.traceback) == 60_000
     assert failure.traceback.endswith("end")
@@ -175,8 +175,8 @@ def test_a_wait_may_be_left_and_is_not_repeated_then(desk: Desk, wait: Callable[
 
 def test_what_was_said_last_of_the_progress_is_said_again(desk: Desk) -> None:
     server = desk.answer(lambda _: None, 4)
-    desk.control.progress(Counters(1), 1, 0, (0, 0))
-    desk.control.progress(Counters(2), 2, 0, (0, 0))
+    desk.control.progress(Counters(1), 1, 0, (0, 0), (0,))
+    desk.control.progress(Counters(2), 2, 0, (0, 0), (0,))
     server.join()
     assert [x.clock for x in desk.heard] == [1, 2, 2, 2]
 

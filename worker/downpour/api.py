@@ -66,10 +66,11 @@ def _join(context: WorkerContext) -> Session:
     global _session
     if _session is None:
         from downpour.session import Session
-        from downpour_common import wire
+        from downpour_common import failpoints, wire
         from downpour_common.process import keep_freed_memory
         from downpour_common.transport.zeromq import ZmqClient
 
+        failpoints.arm(f"worker/{context.slot}", context.worker_epoch)
         keep_freed_memory()
         _session = Session(context, ZmqClient(wire.CONTROL_HEADER_LIMIT, context.transport_keys()))
         _watch_the_end(_session)

@@ -91,8 +91,11 @@ class Control:
         self._unnoted.append(ticket)
         self._submit(m.LogMetrics(*self._me(), clock, dict(values)), ticket, "metrics to be noted", math.inf)
 
-    def progress(self, counters: Counters, clock: int, epoch: int, traffic: tuple[int, int]) -> None:
-        """Tell how far this worker is; ``traffic``: bytes sent, bytes received. Told again while nothing newer is."""
+    def progress(
+        self, counters: Counters, clock: int, epoch: int, traffic: tuple[int, int], shard_epochs: tuple[int, ...]
+    ) -> None:
+        """Tell how far this worker is, and which processes it takes for the shards; ``traffic``: bytes sent, bytes
+        received. Told again while nothing newer is."""
         c = self._context
         message = m.Progress(
             c.job,
@@ -105,6 +108,7 @@ class Control:
             counters.pulls,
             *traffic,
             counters.wait_s,
+            shard_epochs,
         )
         self._thread.keep_telling(c.coordinator, message)
 
@@ -116,9 +120,10 @@ class Control:
                 raise PeerTimeout("coordinator", "metrics to be noted", self._timeout_s)
             ticket.wait()
 
-    def goodbye(self, drained: bool, torn: int) -> None:
-        """Leave the coordinator; the shards have been left before."""
-        self._ask(m.Goodbye(*self._me(), drained, torn), "goodbye to be noted")
+    def goodbye(self, drained: bool, torn: int, numbers: tuple[int, int]) -> None:
+        """Leave the coordinator; the shards have been left before. ``numbers``: of the first contribution, and of the
+        one that would come next."""
+        self._ask(m.Goodbye(*self._me(), drained, torn, *numbers), "goodbye to be noted")
 
     def failed(self, error: BaseException, trace: str) -> None:
         """The script has raised."""

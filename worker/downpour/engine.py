@@ -9,6 +9,7 @@ steps, and replaces its weights by the servers' every ``n_fetch`` steps. With bo
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from downpour.model import options_of
 from downpour.overlap import Overlap
 from downpour.space import FlatSpace
 from downpour.staging import Staging
+from downpour_common import failpoints, wire
 from downpour_common import messages as m
-from downpour_common import wire
 from downpour_common.errors import NonFiniteContribution
 
 
@@ -41,7 +42,8 @@ class Counters:
 class Engine:
     """Steps of one worker. ``clock``: of the job, when it joined; ``first_seq``: number of its first contribution.
 
-    ``position`` gives the training data's (epoch, offset) after the step's samples.
+    ``position`` gives the training data's (epoch, offset) after the step's samples. ``tolerant``: the servers leave
+    out a gradient with NaN or Inf; the script's log is to tell of the first.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Engine:
         clock: int,
         first_seq: int,
         position: Callable[[], tuple[int, ...]],
+        tolerant: bool = False,
     ) -> None:
         self.counters = Counters(clock)
+        self._watches = tolerant
         self._space = space
         self._staging = staging
         self._client = client
@@ -95,12 +99,18 @@ class Engine:
     def step(self, local_step: Callable[[], None]) -> None:
         """Complete one step; see the module."""
         self._space.gather_gradients()
+        if self._watches:
+            self._look_for_non_finite()
+        if failpoints.on:
+            failpoints.hit("worker.push.before")
         if self._ahead:
             self._push_pull_ahead()
         elif (self._n_push, self._n_fetch) == (1, 1):
             self._push_pull(self._space.gradients)
         else:
             self._downpour(local_step)
+        if failpoints.on:
+            failpoints.hit("worker.push.after")
         self.counters.clock += 1
 
     def zero_gradients(self) -> None:
@@ -129,6 +139,13 @@ class Engine:
         self._land()
         if self._accrued is not None and (self.counters.clock - self._first_clock) % self._n_push:
             self._push(self._accrued)
+
+    def round_is(self, number: int) -> None:
+        """``sync``, between two passes: the next contribution is meant for this round. One who took no step in the
+        last of the pass before has fetched nothing of it, and does it now."""
+        if number > self._seq:
+            self._seq = self.counters.clock = number
+            self.pull()
 
     def pull(self) -> None:
         """Fetch the newest weights now."""
@@ -172,6 +189,8 @@ class Engine:
         # In one order for all workers: answers may wait for the others', and hold the credit of what comes later.
         for ready in self._staging.outgoing(self._first_needed_first, source, current):
             self._client.add_push_pull(ready, header, ticket)
+        if failpoints.on:
+            failpoints.hit("worker.push.sent")
         self._place(ticket, len(self._chunks))
         if self._overlap is not None:
             self._overlap.judge(time.perf_counter())
@@ -235,6 +254,19 @@ class Engine:
         self._seq += 1
         self._samples = 0
         return header
+
+    def _look_for_non_finite(self) -> None:
+        """Warn, once."""
+        if all(torch.isfinite(flat.sum()) for flat in self._space.gradients.values()):
+            return
+        name = self._space.name_non_finite()
+        if name is not None:  # a sum may be infinite all the same
+            self._watches = False
+            warnings.warn(
+                f"step {self.counters.clock}: the gradient of {name} holds NaN or Inf. The servers leave such "
+                "gradients of this worker out (on_nan); later ones are counted in the job's status and not told here",
+                stacklevel=4,
+            )
 
     def _named(self, error: NonFiniteContribution) -> NonFiniteContribution:
         return _explained(error, self.counters.clock, self._space.name_non_finite())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from downpour import takeover
 from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.context import WorkerContext
 from downpour.space import FlatSpace
 from downpour.staging import Staging
+from downpour.takeover import Beginning
+from downpour_common.errors import PeerRefused
 from downpour_common.layout import Chunk, Kind
+from downpour_common.messages import Refusal
 
 
 class StateExchange:
@@ -34,28 +39,78 @@ class StateExchange:
         self._client = client
         self._seq = 0
 
-    def start(self, restored: bool) -> int:
-        """All workers begin with the same tensors: the chief's, or those that the shards hold.
-
-        Returns the number of this worker's first contribution.
-        """
-        first_seq = self._seq = self._client.hello()
+    def start(self, restored: bool) -> Beginning:
+        """All workers begin with the same tensors: the chief's, or those that the shards hold."""
         layout = self._space.layout
-        others = self._flats("buffer") | self._flats("frozen")
-        self._staging.lend(others)
+        begins = takeover.fresh(self._client.hello(), layout)
+        self._begin(begins)
+        others = self._lend_others()
         if self._is_chief() and not restored:
-            self._staging.weights_out(layout.by_kind["trainable"])
-            self._client.initialise(layout.chunks)
+            self._initialise()
             if self._context.worker_epoch == 0:
-                return first_seq
+                return begins
             # A predecessor may have brought a part of its own, which counts.
         self._client.pull(layout.chunks)
-        for chunk in layout.by_kind["trainable"]:
+        self._arrived(others)
+        return begins
+
+    def take_over(self, restored: bool, leave_point: Callable[[], None]) -> Beginning:
+        """Begin where the worker has died whose place this one takes, with the weights of that round.
+
+        If that one was through with a pass, this is said for it first. ``leave_point`` as in :meth:`ClientThread.wait`.
+        """
+        layout = self._space.layout
+        begins = takeover.taken_over(self._client.hello(), layout)
+        self._begin(begins)
+        others = self._lend_others()
+        if self._is_chief() and not restored:
+            self._initialise()
+        self._client.pull(chunk for chunk in layout.chunks if chunk.kind != "trainable")
+        self._arrived(others)
+        if begins.finished is not None:
+            if begins.ended != (0, begins.finished):
+                self.push_buffers()
+            self._client.end_epoch(0, begins.finished, leave_point)
+            # Some shards may have been past that end, and others not: now all are.
+            begins = replace(begins, seq=takeover.taken_over(self._client.hello(), layout).seq)
+            self._client.begin_at(begins.seq)
+            self.pull_buffers()
+        self._pull_round(begins.seq)
+        self._arrived({})
+        return begins
+
+    def _begin(self, begins: Beginning) -> None:
+        self._client.begin_at(begins.seq)
+        self._seq = begins.buffers
+
+    def _lend_others(self) -> dict[int, torch.Tensor]:
+        """Host memory for buffers and frozen tensors."""
+        others = self._flats("buffer") | self._flats("frozen")
+        self._staging.lend(others)
+        return others
+
+    def _initialise(self) -> None:
+        layout = self._space.layout
+        self._staging.weights_out(layout.by_kind["trainable"])
+        self._client.initialise(layout.chunks)
+
+    def _arrived(self, others: dict[int, torch.Tensor]) -> None:
+        """Bring to the model what has been fetched."""
+        for chunk in self._space.layout.by_kind["trainable"]:
             self._staging.arrived(chunk)
         self._staging.settle()
         for index, flat in others.items():
             self._space.spread(index, flat)
-        return first_seq
+
+    def _pull_round(self, number: int) -> None:
+        chunks = self._space.layout.by_kind["trainable"]
+        try:
+            self._client.start_pull(chunks, version=number).wait()
+        except PeerRefused as error:
+            if error.code != Refusal.STALE_SEQ:
+                raise
+            # The rounds went on without one who had ended its pass: it has none to make anew.
+            self._client.pull(chunks)
 
     def push_buffers(self, final: bool = False) -> None:
         """Tell the shards this worker's buffers, where the job's rule asks for them."""

@@ -27,10 +27,12 @@ from downpour.files import save_state_dict
 from downpour.mirror import MirrorStaging
 from downpour.model import Described, describe
 from downpour.optimizer import adopt
+from downpour.randomness import StepSeeds
 from downpour.space import FlatSpace
 from downpour.staging import staging_for
+from downpour.takeover import Beginning
+from downpour_common import failpoints, sharing
 from downpour_common import messages as m
-from downpour_common import sharing
 from downpour_common.errors import ConfigError, ModelError
 from downpour_common.layout import SharedLayout, plan
 from downpour_common.messages import Lease, Message
@@ -58,7 +60,13 @@ class Session:
         self._start_position = (0, 0)
         self._position: tuple[int, ...] = ()
         self._clock_at_pass: dict[int, int] = {}
-        self._taken: dict[int, tuple[int, tuple[int, int] | None]] = {}  # by loader: samples, position after them
+        # by loader: samples, position after them, batches
+        self._taken: dict[int, tuple[int, tuple[int, int] | None, int]] = {}
+        self._ended: tuple[int, ...] = ()
+        """sync: (loader, epoch) of a pass that the one before in this slot has ended"""
+        self._seeds = StepSeeds(self.seed, self.slot) if self.synchronous else None
+        self._moves: dict[int, m.ShardMoved] = {}
+        """by shard, the newest"""
         self._reported_s = 0.0
         self._loaders: list[PreparedLoader] = []
         self._model: nn.Module | None = None
@@ -86,18 +94,23 @@ class Session:
         self._training_thread = threading.get_ident()
         welcome = self._control.register(described.spec)
         self._members_are(welcome.slots)
+        begins = self._connect(described, welcome, optimizer)
         start = (welcome.position[0], welcome.position[1]) if len(welcome.position) > 1 else (0, 0)
+        if begins.position is not None:
+            start = begins.position
         epochs = dict(enumerate(welcome.position[2:], 1))
         self._start_position = start
         self._position = start
-        self._connect(described, welcome, optimizer)
         if not loaders or isinstance(loaders[0].dataset, IterableDataset):
             self._position = ()  # only whole passes can be told
         self._loaders = [
             PreparedLoader(loader, index, self, start if index == 0 else (epochs.get(index, 0), 0))
             for index, loader in enumerate(loaders)
         ]
-        if self.workers > 1:
+        self._ended = begins.ended
+        if self._seeds is not None:
+            self._seeds.reseed(self.clock)
+        elif self.workers > 1:
             self._seed_apart()
         self.drain.install()
         if model is not None:
@@ -105,7 +118,7 @@ class Session:
         self._report(force=True)
         return self._loaders
 
-    def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> None:
+    def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> Beginning:
         c = self.context
         layout = plan(described.spec, c.shards, c.chunk_bytes)
         # Accrued and rounded gradients and GPU mirrors lie elsewhere; there, payloads are sent.
@@ -117,8 +130,16 @@ class Session:
         space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory)
         staging = MirrorStaging(space, memory, rounded) if mirrored else staging_for(space, rounded)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
+        for move in list(self._moves.values()):
+            self._client.moved(move)
         self._exchange = StateExchange(c, space, staging, self._client, lambda: self.is_chief)
-        first_seq = self._exchange.start(welcome.restored)
+        # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
+        epoch = welcome.position[0] if welcome.position else 0
+        self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), self._client.shard_epochs)
+        if welcome.takes_over:
+            begins = self._exchange.take_over(welcome.restored, self.leave_point)
+        else:
+            begins = self._exchange.start(welcome.restored)
         if offered is not None:
             # Local steps between two fetches are this worker's own.
             in_place = c.in_place and not c.fetch_ahead and (c.mode != "async" or c.n_fetch == 1)
@@ -130,15 +151,17 @@ class Session:
                 self._client,
                 optimizer,
                 (c.n_push, c.n_fetch) if c.mode == "async" else (1, 1),
-                welcome.clock,
-                first_seq,
+                begins.seq if welcome.takes_over else welcome.clock,
+                begins.seq,
                 lambda: self._position,
+                c.on_nan != "fail",
             )
             if c.fetch_ahead:
                 self._engine.fetch_ahead()
             elif c.overlap == "auto":
                 self._engine.overlap()
             adopt(optimizer, self)
+        return begins
 
     def _seed_apart(self) -> None:
         """Dropout, augmentation and the like differ between workers, and follow from the job's seed."""
@@ -156,9 +179,10 @@ class Session:
     def step(self, local_step: Callable[[], None]) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
         assert self._engine is not None
+        own_data = not self._taken
         self._use_batches()
         self._engine.step(local_step)
-        self._stepped()
+        self._stepped(own_data)
 
     def zero_gradients(self) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
@@ -175,9 +199,12 @@ class Session:
         if self._engine is None:
             raise ConfigError("downpour.push needs an optimizer; give one to downpour.prepare")
         self._engine.push(samples)
-        self._stepped()
+        self._stepped(not self._taken)
 
-    def _stepped(self) -> None:
+    def _stepped(self, own_data: bool) -> None:
+        """``own_data``: no loader is going to tell of the next step's data."""
+        if own_data and self._seeds is not None:
+            self._seeds.reseed(self.clock)
         for loader in self._loaders:
             loader.stepped()
         self._report()
@@ -271,12 +298,19 @@ class Session:
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
         """See :class:`downpour.data.loader.Host`. Counts with the next step; never, if it is only evaluated."""
         if torch.is_grad_enabled():
-            before, _ = self._taken.get(loader, (0, None))
-            self._taken[loader] = (before + samples, position)
+            before, _, batches = self._taken.get(loader, (0, None, 0))
+            self._taken[loader] = (before + samples, position, batches + 1)
+
+    def batch_wanted(self, loader: int) -> None:
+        """See :class:`downpour.data.loader.Host`. Whatever the script has drawn in between, validating for example,
+        the batch and the step draw what they would draw in a worker that begins here."""
+        if self._seeds is not None and torch.is_grad_enabled():
+            taken = self._taken.get(loader)
+            self._seeds.reseed(self.clock, loader, taken[2] if taken is not None else 0)
 
     def _use_batches(self) -> None:
         assert self._engine is not None
-        for loader, (samples, position) in self._taken.items():
+        for loader, (samples, position, _) in self._taken.items():
             self._engine.add_samples(samples)
             if loader == 0 and position is not None:
                 self._position = position
@@ -291,9 +325,20 @@ class Session:
             return
         if loader == 0 and not self.synchronous:
             self._position = (epoch + 1, 0)
-        self._exchange.push_buffers()
+        self._end_pass(loader, epoch)
+
+    def _end_pass(self, loader: int, epoch: int) -> None:
+        """Exchange buffers with the others, in ``sync`` once all have come to the end of the pass."""
+        assert self._client is not None
+        assert self._exchange is not None
+        if self._ended != (loader, epoch):
+            self._exchange.push_buffers()
         if self.synchronous:
-            self._client.end_epoch(self.leave_point)
+            failpoints.hit("worker.end_epoch.before")
+            number = self._client.end_epoch(loader, epoch, self.leave_point)
+            failpoints.hit("worker.end_epoch.after")
+            if self._engine is not None:
+                self._engine.round_is(number)
         self._exchange.pull_buffers()
 
     # ------------------------------------------------------------ leaving
@@ -310,9 +355,11 @@ class Session:
                 self._exchange.push_buffers(final=True)
                 torn = sum([loader.settle() for loader in self._loaders]) + self._torn_next()
                 self._control.settle()
+                failpoints.hit("worker.leave.before")
                 self._client.leave()
                 self._report(force=True)
-                self._control.goodbye(self.drain.asked, torn)
+                failpoints.hit("worker.goodbye.before")
+                self._control.goodbye(self.drain.asked, torn, self._client.numbers)
         except BaseException as error:
             self._control.failed(error, "".join(traceback.format_exception(error)))
             raise
@@ -342,6 +389,10 @@ class Session:
                 self._stop.set()
             case m.MembersChanged():
                 self._members_are(message.slots)
+            case m.ShardMoved():
+                self._moves[message.shard] = message
+                if self._client is not None:
+                    self._client.moved(message)
 
     def _report(self, force: bool = False) -> None:
         now_s = time.monotonic()
@@ -350,7 +401,8 @@ class Session:
         self._reported_s = now_s
         traffic = self._client.traffic
         counters = self._engine.counters if self._engine else Counters(0)
-        self._control.progress(counters, self.clock, self.epoch, (traffic.bytes_sent, traffic.bytes_received))
+        moved = traffic.bytes_sent, traffic.bytes_received
+        self._control.progress(counters, self.clock, self.epoch, moved, self._client.shard_epochs)
 
 
 def _warn_of_loading(_module: nn.Module, _keys: object) -> None:

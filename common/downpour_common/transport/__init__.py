@@ -55,6 +55,9 @@ class ClientTransport(Protocol):
     def poll(self, timeout_s: float) -> list[tuple[str, Message]]:
         """Messages that have arrived, with the server's address; waits at most ``timeout_s`` or until woken."""
 
+    def forget(self, server: str) -> None:
+        """Close the connection to the server at this address; what has not left does not leave."""
+
     def wake(self) -> None:
         """Make a :meth:`poll` under way in another thread return."""
 

@@ -103,6 +103,9 @@ class MemoryClient:
             return []
         return [(item[0], wire.decode(item[1], wire.CONTROL_HEADER_LIMIT))]
 
+    def forget(self, server: str) -> None:
+        """See the interface; nothing is kept of a server."""
+
     def wake(self) -> None:
         """See the interface."""
         self.inbox.put(None)

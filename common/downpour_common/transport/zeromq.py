@@ -356,6 +356,12 @@ class ZmqClient:
         self._disconnect(server, 0)
         self._connect(server)
 
+    def forget(self, server: str) -> None:
+        """See :class:`downpour_common.transport.ClientTransport`."""
+        if server in self._sockets:
+            self._disconnect(server, 0)
+        self._mended.pop(server, None)
+
     def _disconnect(self, server: str, linger_ms: int) -> None:
         sock = self._sockets.pop(server)
         self._lines.pop(server).close()

@@ -6,7 +6,10 @@ server's memory is bounded whatever the number of messages. Requests to one serv
 Repeats: a request to the coordinator is sent again, with its number, until it is answered or overdue, because the
 coordinator may be restarted. While it is silent only one request is repeated at a time: ZeroMQ keeps what is sent to
 a peer that is away, and may keep it for long. At most :data:`MOST_OPEN` such requests are unanswered, so the
-coordinator need not remember more answers. Requests to shards are never repeated.
+coordinator need not remember more answers. Requests to shards are never repeated to the same process.
+
+Moves: a server that is another process now (:meth:`ClientCore.move`) is greeted first. Once that is answered, what the
+former process has not answered leaves again, in order, before what has waited, and what it still answers is ignored.
 """
 
 from __future__ import annotations
@@ -14,9 +17,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from downpour_common import messages as m
-from downpour_common.errors import DownpourError, NonFiniteContribution, PeerRefused, PeerTimeout, ProtocolError
+from downpour_common.errors import (
+    DownpourError,
+    NonFiniteContribution,
+    PeerError,
+    PeerRefused,
+    PeerTimeout,
+    ProtocolError,
+)
 from downpour_common.messages import Message, Refusal, Request
 
 OnAnswer = Callable[[Request], None]
@@ -118,9 +129,34 @@ class Submission:
     again_s: float = 0.0
 
 
+class Successor(Protocol):
+    """How a client goes on with a process that has taken a server's place."""
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+
+    def greet(self, pending: list[Submission]) -> list[Submission]:
+        """What is said before anything else, each with a ticket of its own; ``pending`` is to follow, in this order."""
+
+    def greeted(self, said: list[Submission]) -> None:
+        """Each of these has its answer, or never will. Raises :class:`DownpourError` if nothing can follow."""
+
+    def renewed(self, submission: Submission, again: bool) -> Submission | None:
+        """``submission`` as this process understands it; None: it is dropped. ``again``: it had left before, so it
+        needs another number."""
+
+
 @dataclass(slots=True)
 class _Server:
     name: str
+    address: str
+    successor: Successor | None = None
+    """since the first move"""
+    greeting: list[Submission] | None = None
+    """whose answers all else waits for"""
+    left_before: set[int] = field(default_factory=set)
+    """of those that wait for the greeting: numbers of requests to the former process"""
     waiting: deque[Submission] = field(default_factory=deque)
     unanswered_bytes: int = 0
     open: int = 0
@@ -141,7 +177,7 @@ class _Server:
 
 
 class ClientCore:
-    """See the module. ``names`` gives the peer's name for people by server address."""
+    """See the module. A server is known by the address that it had first, wherever it moves."""
 
     def __init__(self, window_bytes: int) -> None:
         self._window = window_bytes
@@ -153,7 +189,7 @@ class ClientCore:
 
     def name(self, server: str, name: str) -> None:
         """Call the server at this address ``name`` in errors."""
-        self._servers.setdefault(server, _Server(name)).name = name
+        self._servers.setdefault(server, _Server(name, server)).name = name
 
     def submit(self, submission: Submission, now_s: float) -> None:
         """Take a request; it leaves with :meth:`outgoing` once there is credit."""
@@ -162,19 +198,77 @@ class ClientCore:
             return
         self._now_s = now_s
         submission.due_s = now_s + submission.timeout_s
-        self._servers.setdefault(submission.server, _Server(submission.server)).waiting.append(submission)
+        server = self._servers.setdefault(submission.server, _Server(submission.server, submission.server))
+        if server.successor is not None and server.greeting is None:
+            self._renew(server, submission, False)
+        else:
+            server.waiting.append(submission)
+
+    def move(self, server: str, successor: Successor, now_s: float) -> str:
+        """The server is another process now; see the module. Returns the former one's address, to be forgotten."""
+        moved = self._servers.setdefault(server, _Server(server, server))
+        former, moved.address, moved.successor = moved.address, successor.address, successor
+        greetings = {s.message.request for s in moved.greeting or ()}
+        unanswered = [s for s in self._in_flight.values() if s.server == server]
+        for submission in unanswered:
+            del self._in_flight[submission.message.request]
+        unanswered = [s for s in unanswered if s.message.request not in greetings]
+        moved.left_before.update(s.message.request for s in unanswered)
+        moved.unanswered_bytes = moved.open = 0
+        moved.waiting.extendleft(reversed(unanswered))
+        self._now_s = now_s
+        self._postpone(moved)
+        moved.greeting = successor.greet(list(moved.waiting))
+        for greeting in moved.greeting:
+            greeting.due_s = now_s + greeting.timeout_s
+            self._in_flight[greeting.message.request] = greeting
+            self._again.append(greeting)
+        return former
+
+    def _postpone(self, server: _Server) -> None:
+        """Deadlines begin anew."""
+        for submission in server.waiting:
+            submission.due_s = self._now_s + submission.timeout_s
+
+    def _go_on(self, server: _Server) -> None:
+        """The greeting has its answers: what has waited for it follows, or fails with it."""
+        assert server.successor is not None
+        waiting, server.waiting = server.waiting, deque()
+        left_before, server.left_before = server.left_before, set()
+        greeting, server.greeting = server.greeting or [], None
+        try:
+            server.successor.greeted(greeting)
+        except DownpourError as error:
+            for submission in waiting:
+                submission.ticket.failed(error)
+            return
+        for submission in waiting:
+            self._renew(server, submission, submission.message.request in left_before)
+        self._postpone(server)
+
+    def _renew(self, server: _Server, submission: Submission, again: bool) -> None:
+        assert server.successor is not None
+        renewed = server.successor.renewed(submission, again)
+        if renewed is not None:
+            server.waiting.append(renewed)
+        else:
+            submission.ticket.failed(PeerError(server.name, f"{server.name} is another process now"))
 
     @property
     def pressing(self) -> bool:
         """Whether requests wait for answers to others before they may leave."""
-        return any(server.waiting for server in self._servers.values())
+        return any(server.waiting and server.greeting is None for server in self._servers.values())
 
     def outgoing(self) -> list[tuple[str, Message]]:
         """The messages to send now, in order."""
         again = [s for s in self._again if s.message.request in self._in_flight]
-        sends: list[tuple[str, Message]] = [(s.server, s.message) for s in again]
+        sends: list[tuple[str, Message]] = [(self._servers[s.server].address, s.message) for s in again]
         self._again.clear()
-        for address, server in self._servers.items():
+        for server in self._servers.values():
+            if server.greeting is not None:
+                if not all(s.ticket.settled() for s in server.greeting):
+                    continue
+                self._go_on(server)
             while server.waiting:
                 head = server.waiting[0]
                 if not server.has_room(head, self._window):
@@ -183,7 +277,7 @@ class ClientCore:
                 server.count(head, 1)
                 head.again_s = self._now_s + head.repeat_s
                 self._in_flight[head.message.request] = head
-                sends.append((address, head.message))
+                sends.append((server.address, head.message))
         return sends
 
     def received(self, message: Request) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from downpour.client.ahead import Ahead
-from downpour.client.core import OnAnswer, Submission, Ticket
+from downpour.client.core import OnAnswer, Submission, Successor, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour_common import messages as m
@@ -52,7 +52,7 @@ class PushHeader:
 
 
 class ParameterClient:
-    """Talks to the shards of one job. Chunks go to their shards; base versions are kept per chunk.
+    """Talks to the shards of one job, wherever they move. Chunks go to their shards; base versions are kept per chunk.
 
     Every call raises :class:`downpour_common.errors.DownpourError`: :class:`PeerTimeout` past the deadline,
     :class:`NonFiniteContribution` for NaN or Inf, :class:`PeerRefused` otherwise.
@@ -72,37 +72,57 @@ class ParameterClient:
         self._context = context
         self._layout = layout
         self._shards = shards
+        """their first addresses, by which the thread knows them"""
+        self._addresses = list(shards)
         self._memory = memory
         self._epochs = [0] * len(shards)
+        self._replies: dict[int, m.HelloReply] = {}
+        """by shard, the newest"""
         self._attached = [False] * len(shards)
+        self._offered: tuple[OfferedMemory, bool] | None = None
+        self._left = False
         self._versions = self._base = [0] * len(layout.chunks)
         self._bounded = context.parsed_mode.name == "ssp"
         self._first_seq = 0
+        self._next_seq = -1
+        """all contributions to trainable chunks below it have been submitted; -1: it is not known where to begin"""
+        self._to_add = 0
+        """chunks of the push-pull that is being submitted"""
         self._timeout_s = context.timeout_s + DEADLINE_MARGIN_S
         for index, address in enumerate(shards):
             thread.name(address, f"server/{index}")
 
-    def hello(self) -> int:
-        """Introduce this worker to every shard; they refuse a model of another layout.
+    @property
+    def shard_epochs(self) -> tuple[int, ...]:
+        """By shard, as far as is known."""
+        return tuple(self._epochs)
 
-        Returns the number of this worker's first contribution: the largest that a shard names, and the same on all,
-        see :mod:`downpour_server.policy.stale`.
-        """
+    def hello(self) -> list[m.HelloReply]:
+        """Introduce this worker to every shard; they refuse a model of another layout. Returns their answers by shard;
+        :meth:`begin_at` comes next."""
+        self._everywhere(self._hello, "greeting", self._take_reply)
+        return [self._replies[shard] for shard in range(len(self._shards))]
+
+    def begin_at(self, seq: int) -> None:
+        """Number of this worker's next contribution to trainable chunks, the same to all of them; in ``ssp`` this one
+        waits for nothing, see :mod:`downpour_server.policy.stale`."""
+        self._first_seq = self._next_seq = seq
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Of this worker's first contribution to trainable chunks, and of the one that would come next."""
+        return self._first_seq, self._next_seq
+
+    def _hello(self, number: int, done: int = -1) -> m.Hello:
         c = self._context
-        first = [0]
+        first = -1 if done < 0 else self._first_seq
+        return m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest, done, first)
 
-        def on_answer(message: Request) -> None:
-            assert isinstance(message, m.HelloReply)
-            self._epochs[message.shard] = message.shard_epoch
-            first.append(message.clock)
-
-        self._everywhere(
-            lambda number: m.Hello(number, c.job, c.slot, c.worker_epoch, self._layout.digest),
-            "greeting",
-            on_answer,
-        )
-        self._first_seq = max(first)
-        return self._first_seq
+    def _take_reply(self, message: Request) -> None:
+        """In the client's thread."""
+        assert isinstance(message, m.HelloReply)
+        self._epochs[message.shard] = max(message.shard_epoch, self._epochs[message.shard])
+        self._replies[message.shard] = message
 
     def share(self, offered: OfferedMemory, in_place: bool) -> None:
         """Offer the shards this worker's memory; from then on, push-pulls of its gradients send headers only.
@@ -110,17 +130,26 @@ class ParameterClient:
         ``in_place``: the shards may keep their weights in it while there is no other worker; no pull may be open then.
         A shard that cannot map it is served as before.
         """
-        c = self._context
+        self._offered = offered, in_place
         for index, address in enumerate(self._shards):
-            attach = m.AttachMemory(
-                self._thread.number(), c.job, c.slot, c.worker_epoch, os.getpid(), offered.fd, offered.nonce, in_place
-            )
             try:
-                self._thread.ask(address, attach, "shared memory to be mapped", self._timeout_s)
+                self._thread.ask(address, self._attach(), "shared memory to be mapped", self._timeout_s)
             except PeerRefused:
                 continue
             self._attached[index] = True
-        offered.close_fd()
+        if not any(self._attached):
+            self.close()
+
+    def _attach(self) -> m.AttachMemory:
+        assert self._offered is not None
+        c, (offered, in_place) = self._context, self._offered
+        number = self._thread.number()
+        return m.AttachMemory(number, c.job, c.slot, c.worker_epoch, os.getpid(), offered.fd, offered.nonce, in_place)
+
+    def close(self) -> None:
+        """No other shard will map this worker's memory."""
+        if self._offered is not None:
+            self._offered[0].close_fd()
 
     def initialise(self, chunks: Iterable[Chunk]) -> None:
         """Send the job's first weights."""
@@ -151,8 +180,11 @@ class ParameterClient:
         """Fetch the newest weights into memory; waits for the first ones if need be."""
         self.start_pull(chunks).wait()
 
-    def start_pull(self, chunks: Iterable[Chunk], piecewise: bool = False) -> Ticket:
-        """As :meth:`pull`, without waiting; ``piecewise``: the ticket's answers are the chunks' :class:`Weights`."""
+    def start_pull(self, chunks: Iterable[Chunk], piecewise: bool = False, version: int = -1) -> Ticket:
+        """As :meth:`pull`, without waiting; ``piecewise``: the ticket's answers are the chunks' :class:`Weights`.
+
+        ``version``: the one wanted, if not the newest.
+        """
         c = self._context
         chunks = list(chunks)
         ticket = Ticket(len(chunks), self._take_weights, piecewise)
@@ -160,7 +192,7 @@ class ParameterClient:
             [
                 self._submission(
                     chunk,
-                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index),
+                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, version),
                     ticket,
                     f"weights of chunk {chunk.index}",
                 )
@@ -179,6 +211,8 @@ class ParameterClient:
                 for chunk in chunks
             ]
         )
+        if chunks and chunks[0].kind == "trainable":
+            self._next_seq = header.seq + 1
         ticket.wait()
 
     def fetched(self) -> list[int]:
@@ -212,25 +246,127 @@ class ParameterClient:
 
         ``piecewise`` as in :meth:`start_pull`.
         """
+        self._to_add = count
         return Ticket(count, self._take_weights, piecewise)
 
     def add_push_pull(self, chunks: Iterable[Chunk], header: PushHeader, ticket: Ticket) -> None:
         """Send chunks' contributions; their new weights come with the answers."""
-        self._thread.submit([self._push_pull(chunk, header, ticket) for chunk in chunks])
+        submissions = [self._push_pull(chunk, header, ticket) for chunk in chunks]
+        self._thread.submit(submissions)
+        self._to_add -= len(submissions)
+        if not self._to_add:
+            self._next_seq = header.seq + 1
 
-    def end_epoch(self, leave_point: Callable[[], None]) -> None:
-        """No more contributions until every live worker says the same; returns then. See :meth:`ClientThread.wait`."""
+    def end_epoch(self, loader: int, epoch: int, leave_point: Callable[[], None]) -> int:
+        """No more contributions until every live worker says the same of this pass; returns then. See
+        :meth:`ClientThread.wait`.
+
+        In ``sync`` the round that is open then, which is the number of the next contribution, if not less than what
+        this worker would have given it.
+        """
         c = self._context
+        rounds = [self._next_seq]
+
+        def on_answer(message: Request) -> None:
+            assert isinstance(message, m.Ack)
+            rounds.append(message.version)
+
         self._everywhere(
-            lambda number: m.EndEpoch(number, c.job, c.slot, c.worker_epoch),
+            lambda number: m.EndEpoch(number, c.job, c.slot, c.worker_epoch, loader, epoch),
             "the end of the epoch in all other workers",
-            leave_point=leave_point,
+            on_answer,
+            leave_point,
         )
+        self._next_seq = max(rounds)
+        return self._next_seq
 
     def leave(self) -> None:
         """No more contributions, ever."""
+        self._left = True
+        self._everywhere(self._leave, "leave to be noted")
+
+    def _leave(self, number: int) -> m.Leave:
         c = self._context
-        self._everywhere(lambda number: m.Leave(number, c.job, c.slot, c.worker_epoch), "leave to be noted")
+        return m.Leave(number, c.job, c.slot, c.worker_epoch, self._next_seq)
+
+    # ------------------------------------------------------------ shards that move
+
+    def moved(self, notice: m.ShardMoved) -> None:
+        """A shard is another process now. In any thread; what is known already changes nothing."""
+        if 0 <= notice.shard < len(self._shards):
+            self._thread.move(self._shards[notice.shard], partial(self._successor, notice))
+
+    def _successor(self, notice: m.ShardMoved) -> Successor | None:
+        """In the client's thread, as all that a successor is asked."""
+        shard, known = notice.shard, notice.address == self._addresses[notice.shard]
+        if notice.shard_epoch <= self._epochs[shard]:
+            return None
+        self._epochs[shard], self._addresses[shard] = notice.shard_epoch, notice.address
+        greeted = shard in self._replies
+        return None if known and not greeted else _MovedShard(self, shard, notice.address)
+
+    def greet(self, shard: int, pending: Iterable[Submission]) -> list[Submission]:
+        """What is said to a shard's new process before it is sent what is ``pending``: nothing as long as the first
+        greeting is, or is still to come."""
+        if shard not in self._replies:
+            return []
+        unanswered = [
+            s.message.seq
+            for s in pending
+            if isinstance(s.message, m.Contribution) and self._layout.chunks[s.message.chunk].kind == "trainable"
+        ]
+        said: list[tuple[Request, OnAnswer | None]] = [
+            (self._hello(self._thread.number(), min(unanswered, default=self._next_seq)), self._take_reply)
+        ]
+        if self._attached[shard]:
+            said.append((self._attach(), None))
+        if self._left:
+            said.append((self._leave(self._thread.number()), None))
+        return [
+            Submission(self._shards[shard], message, Ticket(1, on_answer), "greeting", self._timeout_s)
+            for message, on_answer in said
+        ]
+
+    def greeted(self, shard: int, said: list[Submission]) -> None:
+        """Each of these has its answer, or none. Raises :class:`DownpourError` if this worker is not welcome."""
+        for submission in said:
+            if submission.ticket.error is None:
+                continue
+            if not isinstance(submission.message, m.AttachMemory):
+                raise submission.ticket.error
+            self._attached[shard] = False
+
+    def renewed(self, shard: int, submission: Submission, again: bool) -> Submission | None:
+        """See :class:`downpour.client.core.Successor`."""
+        message = submission.message
+        match message:
+            case m.Stage() if again:
+                return None
+            case m.PushPullStaged() if submission.instead is not None and message.shard_epoch != self._epochs[shard]:
+                return replace(submission, message=submission.instead(), instead=None)
+            case m.PushPullShared() if not self._attached[shard]:
+                chunk = self._layout.chunks[message.chunk]
+                sent = m.PushPull(
+                    self._thread.number(),
+                    message.job,
+                    self._epochs[shard],
+                    message.slot,
+                    message.worker_epoch,
+                    message.seq,
+                    message.base_version,
+                    message.chunk,
+                    message.samples,
+                    message.position,
+                    message.hyper,
+                    self._memory.gradient(chunk),
+                )
+                return self._submission(chunk, sent, submission.ticket, submission.awaited, self._needs_credit(sent))
+            case m.Contribution() if again or message.shard_epoch != self._epochs[shard]:
+                number, epoch = self._thread.number(), self._epochs[shard]
+                return replace(submission, message=replace(message, request=number, shard_epoch=epoch))
+            case _ if again:
+                return replace(submission, message=replace(message, request=self._thread.number()))
+        return submission
 
     def _everywhere(
         self,
@@ -289,9 +425,12 @@ class ParameterClient:
             case m.PushPullShared():
                 self.traffic.bytes_sent += chunk.nbytes
         awaited = f"answer to push {message.seq} of chunk {chunk.index}"
+        return self._submission(chunk, message, ticket, awaited, self._needs_credit(message))
+
+    def _needs_credit(self, message: m.Contribution) -> bool:
         # The first one must not wait for credit in ssp, see downpour_server.policy.stale.
         free = self._bounded and message.seq == self._first_seq
-        return self._submission(chunk, message, ticket, awaited, not free and not isinstance(message, m.PushPullShared))
+        return not free and not isinstance(message, m.PushPullShared)
 
     def _submission(
         self, chunk: Chunk, message: Request, ticket: Ticket, awaited: str, counted: bool = True
@@ -311,3 +450,21 @@ class ParameterClient:
             self._memory.weights(chunk)[:] = payload
         self._versions[chunk.index] = message.version
         self.traffic.bytes_received += chunk.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _MovedShard:
+    """See :class:`downpour.client.core.Successor`."""
+
+    client: ParameterClient
+    shard: int
+    address: str
+
+    def greet(self, pending: list[Submission]) -> list[Submission]:
+        return self.client.greet(self.shard, pending)
+
+    def greeted(self, said: list[Submission]) -> None:
+        self.client.greeted(self.shard, said)
+
+    def renewed(self, submission: Submission, again: bool) -> Submission | None:
+        return self.client.renewed(self.shard, submission, again)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from downpour.client.core import REPEAT_S, ClientCore, OnAnswer, Ready, Submission, Ticket
+from downpour.client.core import REPEAT_S, ClientCore, OnAnswer, Ready, Submission, Successor, Ticket
 from downpour.client.shield import Shield
 from downpour_common.errors import DownpourError, PeerError
 from downpour_common.messages import Message, Request
@@ -78,6 +78,17 @@ class ClientThread:
     def name(self, server: str, name: str) -> None:
         """Call the server at this address ``name`` in errors."""
         self._put(lambda: self._core.name(server, name))
+
+    def move(self, server: str, find: Callable[[], Successor | None]) -> None:
+        """The server, known by its first address, is another process now. ``find`` is called where answers are
+        received, and may find that it is not."""
+
+        def carry_out() -> None:
+            successor = None if self._error else find()
+            if successor is not None:
+                self._transport.forget(self._core.move(server, successor, time.monotonic()))
+
+        self._put(carry_out)
 
     def submit(self, submissions: list[Submission]) -> None:
         """Send requests; each settles its ticket. What has credit is handed to the transport before this returns,

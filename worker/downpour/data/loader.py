@@ -47,6 +47,9 @@ class Host(Protocol):
     def pass_begins(self, loader: int, epoch: int) -> tuple[int, int]:
         """A pass over a loader begins; returns (workers, index) for all of it."""
 
+    def batch_wanted(self, loader: int) -> None:
+        """The next batch is about to be fetched."""
+
     def batch_taken(self, loader: int, samples: int, position: tuple[int, int] | None) -> None:
         """A batch is given to the script; ``position`` is the data position once it is used, where known."""
 
@@ -157,7 +160,13 @@ class PreparedLoader(DataLoader[Any]):
         epoch, batches = self._epoch, 0
         record = self._begin(epoch)
         try:
-            for batch in super().__iter__():
+            fetches = super().__iter__()
+            while True:
+                self._host.batch_wanted(self._index)
+                try:
+                    batch = next(fetches)
+                except StopIteration:
+                    break
                 part = self.parts.popleft() if self.parts else None
                 self._host.batch_taken(self._index, self._samples(batch, part), self._position(epoch, part))
                 if part is not None:

@@ -16,6 +16,7 @@ from downpour.jobs.exchange import Exchange
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import (
     CancelJob,
+    CheckpointNow,
     DescribeJob,
     Document,
     DrainNode,
@@ -184,6 +185,10 @@ class ClusterClient:
     def scale(self, job: str, workers: int) -> Document:
         """Have ``workers`` workers from now on; returns at once."""
         return self.ask(Reply, ScaleJob, job, workers).document
+
+    def checkpoint_now(self, job: str, token: str) -> Document:
+        """Have a checkpoint begin now, once per ``token``; returns at once how far it is (``state``, ``number``)."""
+        return self.ask(Reply, CheckpointNow, job, token).document
 
     def nodes(self) -> Document:
         """``{"nodes": [node document, …], "coordinator": {…}}``."""
