@@ -1,10 +1,11 @@
 # Two commands on a fresh machine with Python 3.11 and nothing installed: `make run` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 30
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fast lint bench bench-full clean
+.PHONY: help run test fast lint chaos bench bench-full clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,9 @@ lint: $(VENV)/.done ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: $(VENV)/.done ## the long part of the proof: simulator, mutations, kill loop; MINUTES=30
+	$(BIN)/python tests/chaos/long_part.py --minutes $(MINUTES)
 
 $(VENV)/.bench: $(VENV)/.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
