@@ -39,6 +39,8 @@ class Child:
         cwd: str | None = None,
     ) -> None:
         self.role, self.index, self.epoch = role, index, epoch
+        self.name = f"{role}/{index}"
+        """for people"""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.returncode: int | None = None
         self.ending = False
@@ -72,11 +74,6 @@ class Child:
         self._pidfd = os.pidfd_open(self.pid)
         self._loop.add_reader(self._output, self._read)
         self._loop.add_reader(self._pidfd, self._ended)
-
-    @property
-    def name(self) -> str:
-        """``role/index``."""
-        return f"{self.role}/{self.index}"
 
     @property
     def running(self) -> bool:

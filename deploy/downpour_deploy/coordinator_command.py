@@ -41,6 +41,10 @@ def start(
     node_timeout_s: Annotated[
         float, typer.Option("--node-timeout", min=2.0, help="Seconds of silence after which a host counts as lost.")
     ] = 10.0,
+    copies_to: Annotated[
+        list[str] | None,
+        typer.Option("--copies-to", metavar="URL", help="Jobs' checkpoint_url may be this or below. Repeatable."),
+    ] = None,
     no_fsync: Annotated[
         bool, typer.Option("--no-fsync", help="Do not wait for the disk: faster, safe against crashes, not power cuts.")
     ] = False,
@@ -54,7 +58,7 @@ def start(
     from downpour_common.errors import ConfigError, DownpourError
 
     try:
-        code = _serve(bind, keys, security, data_dir, node_timeout_s, not no_fsync)
+        code = _serve(bind, keys, security, data_dir, node_timeout_s, not no_fsync, tuple(copies_to or ()))
     except ConfigError as error:
         for problem in error.problems:
             typer.echo(f"downpour: {problem}", err=True)
@@ -66,7 +70,13 @@ def start(
 
 
 def _serve(
-    bind: str, keys: str | None, security: str | None, data_dir: str, node_timeout_s: float, durable: bool
+    bind: str,
+    keys: str | None,
+    security: str | None,
+    data_dir: str,
+    node_timeout_s: float,
+    durable: bool,
+    copies_to: tuple[str, ...],
 ) -> int:
     from downpour_common.addresses import is_local, parse_address
     from downpour_common.errors import ConfigError
@@ -84,7 +94,11 @@ def _serve(
     if server_keys is None:
         why = "--security none" if not wanted else "no --keys, so it listens on this host only"
         _tell(f"WARNING: no keys, no encryption ({why}): whoever can connect can run code in this cluster")
-    return _run(address, server_keys, keys or "", data_dir, node_timeout_s, durable)
+    for url in copies_to:
+        from downpour_coordinator.urls import check_url
+
+        check_url(url)
+    return _run(address, server_keys, keys or "", data_dir, node_timeout_s, durable, copies_to)
 
 
 def _keys(folder: str) -> ServerKeys:
@@ -117,7 +131,13 @@ def _reload(folder: str, keys: ServerKeys) -> None:
 
 
 def _run(
-    address: str, keys: ServerKeys | None, folder: str, data_dir: str, node_timeout_s: float, durable: bool
+    address: str,
+    keys: ServerKeys | None,
+    folder: str,
+    data_dir: str,
+    node_timeout_s: float,
+    durable: bool,
+    copies_to: tuple[str, ...],
 ) -> int:
     import asyncio
     import resource
@@ -125,6 +145,7 @@ def _run(
 
     import uvloop
 
+    from downpour_common import failpoints
     from downpour_common.transport.zeromq import ZmqServer, new_key_pair
     from downpour_common.wire import CONTROL_HEADER_LIMIT
     from downpour_coordinator.daemon import CoordinatorDaemon
@@ -134,6 +155,7 @@ def _run(
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a descriptor
+    failpoints.arm("coordinator")
     files = Files(data_dir)
     journal = Journal(os.path.join(files.data_dir, "coordinator.db"), durable)
 
@@ -141,7 +163,7 @@ def _run(
         transport = ZmqServer(address, CONTROL_HEADER_LIMIT, keys, UNREAD_ANSWERS)
         try:
             make = new_key_pair if keys is not None else None
-            daemon = CoordinatorDaemon(transport, files, journal, keys, make, node_timeout_s, _tell)
+            daemon = CoordinatorDaemon(transport, files, journal, keys, make, node_timeout_s, _tell, copies_to)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, daemon.stop)

@@ -41,7 +41,8 @@ class Display:
         spec = job.spec
         if not self._quiet:
             self._console.print(
-                f"downpour: job {spec.name}: {_n(spec.workers, 'worker')}, {_n(spec.shards, 'shard')}, "
+                f"downpour: job {spec.name}: {_n(spec.workers, 'worker')}, {_n(spec.shards, 'shard')}"
+                f"{', each with a backup' if spec.replication > 1 else ''}, "
                 f"mode {spec.mode}, {_threads(job)} ({_n(job.cores, 'core')}), "
                 f"{spec.settings.transport}, chunks of {format_bytes(spec.settings.chunk_bytes)}, seed {spec.seed}, "
                 f"out {spec.out}",
@@ -55,10 +56,10 @@ class Display:
         if self._live is not None:
             self._live.start()
 
-    def line(self, role: str, index: int, text: str) -> None:
-        """A line of a process' output."""
+    def line(self, role: str, index: int, text: str, name: str = "") -> None:
+        """A line of a process' output; ``name``: what it is called, if not by role and index."""
         colour = _COLOURS[index % len(_COLOURS)] if role == "worker" else "white"
-        self._console.print(Text.assemble((f"{role}/{index} ", colour), Text.from_ansi(text)))
+        self._console.print(Text.assemble((f"{name or f'{role}/{index}'} ", colour), Text.from_ansi(text)))
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -141,6 +142,10 @@ def _table(outcome: Outcome) -> Table:
             "moved",
             f"{outcome.bytes_moved / 1e6:,.1f} MB in {outcome.pushes:,} pushes, {outcome.pulls:,} pulls",
         )
+    if outcome.restarts:
+        table.add_row("restarts", str(outcome.restarts))
+    if outcome.lost_pushes:
+        table.add_row("lost", f"{outcome.lost_pushes:,} of the pushes, with shards that died")
     if outcome.staleness:
         stale = outcome.staleness
         table.add_row("staleness", f"median {stale['p50']}, 99 % {stale['p99']}, largest {stale['max']} updates")

@@ -35,6 +35,10 @@ class Place:
     """of the process, where the job leaves it open; see :mod:`downpour_deploy.threads`"""
     folder: str = ""
     """the job's folder on that host"""
+    follows: bool = False
+    """with replication: a shard's process that is started as a backup"""
+    term: int = -1
+    """… or leads in this term; -1: its epoch"""
     keys: dict[str, Any] | None = None
     """see :mod:`downpour_common.jobkeys`"""
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -74,7 +78,7 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         overlap=settings.overlap,
         push_dtype=settings.push_dtype,
         fetch_ahead=settings.fetch_ahead,
-        in_place=settings.in_place,
+        in_place=settings.in_place and spec.replication == 1,
         on_nan=settings.on_nan,
     )
     return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec, place), **context.to_environment()}
@@ -83,11 +87,14 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
 def shard_process(
     spec: JobSpec, job_id: str, coordinator: str, index: int, address: str, place: Place | None = None
 ) -> Process:
-    """Shard ``index``, listening at ``address``."""
+    """Server process ``index``, listening at ``address``; with replication there are two for each shard."""
     place = place or Place()
     config = ShardConfig(
         job=job_id,
-        shard=index,
+        shard=index % spec.shards,
+        process=index,
+        follows=place.follows,
+        term=place.term,
         shard_epoch=place.epoch,
         coordinator=coordinator,
         endpoint=address,

@@ -8,17 +8,21 @@ import os
 import secrets
 import signal
 import time
-from typing import TextIO
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TextIO
 
 from downpour_common import exitcodes
 from downpour_common.config import to_toml
 from downpour_common.transport.zeromq import ZmqServer
 from downpour_coordinator import checkpoints
+from downpour_coordinator.effects import LogRow
 from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.outcome import Outcome, outcome_of
 from downpour_coordinator.processes import Failure, Process
 from downpour_coordinator.service import JobService
-from downpour_deploy import launch
+from downpour_deploy import launch, running
+from downpour_deploy.chaos import Chaos, Plan
 from downpour_deploy.child import Child, end_all
 from downpour_deploy.display import Display
 from downpour_deploy.resolve import ResolvedJob
@@ -46,7 +50,11 @@ class LocalJob:
         facts = launch.job_facts(job, self._job_id)
         newest = (checkpoints.numbers(job.spec.out) or [0])[-1]
         self._job = Lifecycle(self._job_id, job.spec, facts, out + "/", newest)
-        self._service = JobService(self._job, out, transport.send, metrics)
+        self._working: set[asyncio.Future[Any]] = set()
+        self._service = JobService(self._job, out, transport.send, metrics, later=self._later)
+        plan = job.chaos or Plan()
+        self._environment = {**os.environ, **plan.environment()}
+        self._chaos = Chaos(plan, job.spec.seed, display.note, lambda row: self._service.carry_out([LogRow(row)]))
 
     async def run(self) -> Outcome:
         """Start, watch, finish; ends every process it started, on every path."""
@@ -58,9 +66,11 @@ class LocalJob:
             with open(os.path.join(self._spec.out, "job.toml"), "w", encoding="utf-8") as file:
                 # As one could submit it again: relative paths in a job file are below its own folder.
                 file.write(to_toml(self._spec.model_copy(update={"script": os.path.abspath(self._spec.script)})))
+            running.write(self._spec.out, self._job_id, self._transport.address)
             self._service.carry_out(self._job.begin(time.monotonic()))
             self._start_pending()
             await self._watch()
+            await self._last_copy()
         except OSError as error:
             message = f"{error.filename or ''}: {error.strerror or error}"
             failure = Failure("run", -1, exitcodes.IO_ERROR, message, reason="RESULT_NOT_WRITTEN")
@@ -70,6 +80,9 @@ class LocalJob:
             await end_all([c for c in self._children.values() if c.running], self._spec.settings.grace_s, hurry)
             for task in self._ending:
                 task.cancel()
+            if self._working:
+                await asyncio.wait(self._working)
+            running.remove(self._spec.out)
             loop.remove_reader(self._transport.fileno())
         return self._outcome()
 
@@ -83,15 +96,20 @@ class LocalJob:
     def _spawn(self, process: Process) -> None:
         spec, address, index = self._spec, self._transport.address, process.index
         threads = self._threads.workers if process.role == "worker" else self._threads.shards
-        place = launch.Place(epoch=process.epoch, workers=self._job.training.facts.workers, threads=threads)
-        name = f"{process.role}-{index}" + (f".{process.epoch}" if process.epoch else "")
+        workers, environment = self._job.training.facts.workers, self._environment
+        place = launch.Place(epoch=process.epoch, workers=workers, threads=threads, environment=environment)
+        name = process.name.replace("/", "-") + (f".{process.epoch}" if process.epoch else "")
         if process.role == "worker":
             command, environment = launch.worker_process(spec, self._job_id, address, index, place)
         else:
             endpoint = launch.endpoint(spec, self._runtime, name)
+            training = self._job.training
+            term = training.shards[index % spec.shards].term
+            place = replace(place, follows=training.follows(index), term=term)
             command, environment = launch.shard_process(spec, self._job_id, address, index, endpoint, place)
         log = os.path.join(spec.out, "logs", f"{name}.log")
         child = Child(process.role, index, command, environment, log, self._on_line, self._on_exit, epoch=process.epoch)
+        child.name = process.name
         self._children[process.role, index] = child
 
     def _end_stopping(self) -> None:
@@ -126,11 +144,24 @@ class LocalJob:
             self._service.carry_out(self._job.tick(now_s))
             if self._job.phase is Phase.QUEUED:  # it is started again
                 self._service.carry_out(self._job.begin(now_s))
+            training = self._job.phase is Phase.TRAINING and self._job.training.begun
+            leaders = {s.index: ("server", s.process) for s in self._job.training.shards.values()}
+            self._chaos.turn(now_s, training, self._job.training.clock(), self._children, leaders)
             self._end_stopping()
             self._start_pending()
             if now_s - drawn_s >= DRAW_S:
                 drawn_s = now_s
                 self._display.progress(self._job, now_s)
+
+    async def _last_copy(self) -> None:
+        """Wait for it while bytes move; a Ctrl-C after the job's end gives it up."""
+        copies = self._service.copies
+        if copies is None:
+            return
+        copies.end()
+        problem = await asyncio.to_thread(copies.join)
+        if problem:
+            self._service.problems.append(f"{problem}; the newest checkpoint is in {self._spec.out} alone")
 
     def _pump(self) -> None:
         while arrived := self._transport.poll(0):
@@ -138,8 +169,20 @@ class LocalJob:
                 if not self._service.take(peer, message):
                     self._transport.malformed += 1
 
+    def _later(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Meanwhile workers are given their samples, and others join."""
+        future = asyncio.get_running_loop().run_in_executor(None, work)
+        self._working.add(future)
+
+        def finished(result: asyncio.Future[Any]) -> None:
+            self._working.discard(future)
+            done(result.result())
+            self._wake.set()
+
+        future.add_done_callback(finished)
+
     def _on_line(self, child: Child, text: str) -> None:
-        self._display.line(child.role, child.index, text)
+        self._display.line(child.role, child.index, text, child.name)
 
     def _on_exit(self, child: Child) -> None:
         self._pump()
@@ -149,7 +192,9 @@ class LocalJob:
         self._wake.set()
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if not self._job.interrupted:
+        if self._service.copies is not None and (self._job.over or self._job.interrupted):
+            self._service.copies.abandon()
+        if not self._job.interrupted and not self._job.over:
             self._signal = number
             self._display.note("stopping; a second Ctrl-C ends everything at once")
         self._service.carry_out(self._job.stop("INTERRUPTED", keep=True, now_s=time.monotonic()))

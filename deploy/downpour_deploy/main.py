@@ -24,6 +24,7 @@ def _add_commands() -> None:
     """Commands of a cluster. What they need is imported when they run."""
     from downpour_deploy.agent.command import server_app, worker_app
     from downpour_deploy.bench import register as add_bench
+    from downpour_deploy.checkpoint import checkpoint_app
     from downpour_deploy.coordinator_command import coordinator_app
     from downpour_deploy.doctor import register as add_doctor
     from downpour_deploy.jobs import register
@@ -36,6 +37,7 @@ def _add_commands() -> None:
     app.add_typer(server_app, name="server")
     app.add_typer(worker_app, name="worker")
     app.add_typer(keys_app, name="keys")
+    app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.callback()
@@ -56,10 +58,25 @@ def run(
         int | None, typer.Option("--seed", help="Order of data and randomness of workers. [default: 0]")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Run directory. [default: runs/NAME-TIME]")] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="Go on from this run directory or checkpoint.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="Go on from this run directory, checkpoint or URL.")
+    ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="Start again from the last checkpoint this often.")
+        int,
+        typer.Option(
+            "--restarts", min=0, metavar="N", help="Replace lost workers and shards, or begin again, at most N times."
+        ),
     ] = 0,
+    replication: Annotated[
+        int, typer.Option("--replication", min=1, max=2, metavar="1|2", help="2: a backup for each shard; see guide.")
+    ] = 1,
+    on_nan: Annotated[
+        str | None,
+        typer.Option("--on-nan", help="NaN or Inf in gradients: fail | skip | quarantine | rollback. [default: fail]"),
+    ] = None,
+    chaos: Annotated[
+        str, typer.Option("--chaos", help="Kill, stop or slow its processes: kill:server/0@30s,stop:worker@10s±5+2s …")
+    ] = "",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting, key=value; see `downpour settings`. Repeatable."),
@@ -97,6 +114,9 @@ def run(
             settings=tuple(settings or ()),
             name=name,
             restarts=restarts,
+            on_nan=on_nan,
+            replication=replication,
+            chaos=chaos,
         )
         code = run_job(resolve(wishes), json_output=json_, quiet=quiet)
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ from downpour_common.config import JobSpec, job_spec, parse_settings
 from downpour_common.errors import CheckpointError, ConfigError
 from downpour_coordinator import checkpoints
 from downpour_coordinator.checkpoints import Checkpoint
+from downpour_coordinator.urls import check_url, fetch_newest, is_url
 from downpour_deploy.agent.resources import gpus
+from downpour_deploy.chaos import Plan, parse
 from downpour_deploy.threads import Threads, on_one_host
 
 
@@ -32,6 +35,9 @@ class Wishes:
     settings: tuple[str, ...]
     name: str | None
     restarts: int = 0
+    on_nan: str | None = None
+    replication: int = 1
+    chaos: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class ResolvedJob:
     cores: int
     threads: Threads
     notes: tuple[str, ...]
+    chaos: Plan | None = None
 
 
 def resolve(wishes: Wishes) -> ResolvedJob:
@@ -55,13 +62,9 @@ def resolve(wishes: Wishes) -> ResolvedJob:
     workers = _count("--workers", wishes.workers, cores, problems)
     preset = os.environ.get("OMP_NUM_THREADS", "")
     threads = _count("--threads", wishes.threads, int(preset) if preset.isdecimal() else 0, problems)
-    checkpoint = None
-    try:
-        if wishes.resume is not None:
-            checkpoint, skipped = checkpoints.newest(wishes.resume)
-            notes += [f"skipped a damaged checkpoint: {text}" for text in skipped]
-    except CheckpointError as error:
-        problems.append(f"--resume {error}")
+    out = _out(wishes, problems)
+    made = not os.path.lexists(out)
+    checkpoint = _checkpoint(wishes.resume, out, problems, notes)
     seed = wishes.seed
     if seed is None:
         seed = int(checkpoint.manifest["seed"]) if checkpoint else 0
@@ -78,22 +81,49 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         "threads": threads,
         "seed": seed,
         "restarts": wishes.restarts,
-        "out": _out(wishes, problems),
+        "replication": wishes.replication,
+        "out": out,
         "resume": checkpoint.folder if checkpoint else None,
     }
     try:
-        fields["settings"] = parse_settings(wishes.settings)
+        given = (f"on_nan={wishes.on_nan}",) if wishes.on_nan is not None else ()
+        fields["settings"] = parse_settings((*wishes.settings, *given))
+    except ConfigError as error:
+        problems += error.problems
+    chaos = None
+    try:
+        chaos = parse(wishes.chaos, workers, wishes.shards, wishes.replication) if wishes.chaos else None
     except ConfigError as error:
         problems += error.problems
     spec = None
     try:
         spec = job_spec(**fields)
+        if spec.settings.checkpoint_url:
+            check_url(spec.settings.checkpoint_url)
     except ConfigError as error:
         problems += error.problems
     if problems or spec is None:
+        if made and wishes.resume is not None and is_url(wishes.resume):
+            shutil.rmtree(out, ignore_errors=True)  # what was fetched
         raise ConfigError(*problems)
     spec = spec.with_chunks(_shares_memory(spec))
-    return ResolvedJob(spec, checkpoint, cores, on_one_host(spec, cores), tuple(notes))
+    return ResolvedJob(spec, checkpoint, cores, on_one_host(spec, cores), tuple(notes), chaos)
+
+
+def _checkpoint(resume: str | None, out: str, problems: list[str], notes: list[str]) -> Checkpoint | None:
+    """What to go on from: the newest that is sound, brought into ``out`` from where it lies at a URL."""
+    if resume is None or (is_url(resume) and problems):
+        return None
+    try:
+        found, skipped = fetch_newest(resume, out) if is_url(resume) else checkpoints.newest(resume)
+    except CheckpointError as error:
+        problems.append(f"--resume {error}")
+        return None
+    except ConfigError as error:
+        problems += [f"--resume {problem}" for problem in error.problems]
+        return None
+    notes += [f"skipped a damaged checkpoint: {text}" for text in skipped]
+    return found
 
 
 def _shares_memory(spec: JobSpec) -> bool:

@@ -8,6 +8,7 @@ import tempfile
 
 import uvloop
 
+from downpour_common import failpoints
 from downpour_common.config import JobSpec
 from downpour_common.transport.zeromq import ZmqServer
 from downpour_common.wire import CONTROL_HEADER_LIMIT
@@ -20,6 +21,7 @@ from downpour_deploy.resolve import ResolvedJob
 
 def run_job(job: ResolvedJob, json_output: bool, quiet: bool) -> int:
     """Run ``job`` to its end; an exit code. Raises :class:`ConfigError` when it cannot start."""
+    failpoints.arm("coordinator")
     display = Display(json_output, quiet)
     outcome = uvloop.run(_run(job, display))
     display.finish(outcome)

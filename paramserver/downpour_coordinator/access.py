@@ -16,6 +16,7 @@ _USERS = (
     | m.DescribeJob
     | m.CancelJob
     | m.ScaleJob
+    | m.CheckpointNow
     | m.ListNodes
     | m.DrainNode
     | m.ListFiles

@@ -298,7 +298,10 @@ class Cluster:
         asked = record.life.handle(peer, message, now_s)
         effects: list[Effect] = []
         if isinstance(message, m.Progress | m.ShardReport | m.SnapshotPart) and not record.over:
-            return [ForJob(record.job, asked)] if asked else []  # told again soon enough, so not worth the journal
+            # Told again soon enough, so not worth the journal, unless something follows from it.
+            if asked and not isinstance(message, m.SnapshotPart):
+                self.dirty_jobs.add(record.job)
+            return [ForJob(record.job, asked)] if asked else []
         self._job_effects(record, asked, now_s, effects)
         self.dirty_jobs.add(record.job)
         return effects
@@ -370,7 +373,8 @@ class Cluster:
             if record.life.phase is Phase.QUEUED:
                 continue
             for process in record.life.pending():
-                found = place(record.life.spec, [process.key], self._rooms(record))
+                others = {p.key: p.node for p in record.life.roster.servers() if p.running}
+                found = place(record.life.spec, [process.key], self._rooms(record), others)
                 if isinstance(found, str):
                     self._say(record, f"waiting for room: {found}")
                     break
@@ -424,6 +428,7 @@ class Cluster:
                 n.facts["slots"] if n.facts["slots"] > 0 or n.role == "worker" else -1,
                 n.facts["memory_bytes"],
                 list(range(n.facts["gpus"])) if n.role == "worker" else [],
+                host=n.facts["host"],
             )
             for n in self.nodes.values()
             if n.usable
@@ -455,14 +460,22 @@ def start_document(record: JobRecord, process: Process, coordinator_public: str)
     """What an agent is told about a process: ``StartProcess.document``."""
     facts, keys = record.life.training.facts, record.keys
     server = process.role == "server"
-    names = ("manifest.json", *facts.resume_files) if facts.resume and server else ()
+    resume, names = facts.resume, facts.resume_files
+    training = record.life.training
+    shard = training.shards[process.index % facts.shards]
+    follows = server and training.follows(process.index)
+    if follows:
+        resume, names = "", ()
+    elif server and shard.recovers:  # needs its own file, no other
+        resume = record.life.checkpoints.folder(shard.checkpoint)
+        names = (f"shard-{shard.index}.safetensors",)
     return {
         "spec": record.life.spec.model_dump(mode="json"),
         "bundle": record.bundle,
         "bundle_bytes": record.bundle_bytes,
         "workers": facts.workers,
         "coordinator": "",
-        "fetch": [f"{facts.resume}/{name}" for name in names],
+        "fetch": [f"{resume}/{name}" for name in ("manifest.json", *names)] if resume and server else [],
         "keys": None
         if keys is None
         else {
@@ -473,8 +486,10 @@ def start_document(record: JobRecord, process: Process, coordinator_public: str)
         },
         "gpu": process.gpu,
         "threads": record.life.spec.threads,
-        "shard_epoch": facts.shard_epoch,
-        "resume": facts.resume,
+        "shard_epoch": process.epoch if server else facts.shard_epoch,
+        "resume": resume,
+        "follows": follows,
+        "term": shard.term,
     }
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, TextIO
 
+from downpour_common import failpoints
 from downpour_common import messages as m
 from downpour_common.config import job_spec, to_toml
 from downpour_common.errors import CheckpointError, ConfigError, DownpourError
@@ -44,7 +45,8 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
 class CoordinatorDaemon:
-    """Serves until :meth:`stop`. ``new_key_pair`` is None where security is off; ``audit`` gets a line per act."""
+    """Serves until :meth:`stop`. ``new_key_pair`` is None where security is off; ``audit`` gets a line per act;
+    ``copies_to``: URLs at and below which jobs may have their checkpoints copied, as the coordinator's user."""
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class CoordinatorDaemon:
         new_key_pair: Callable[[], KeyPair] | None,
         node_timeout_s: float,
         audit: Callable[[str], None],
+        copies_to: tuple[str, ...] = (),
     ) -> None:
         self._transport = transport
         self._files = files
@@ -62,6 +65,7 @@ class CoordinatorDaemon:
         self._keys = keys
         self._new_key_pair = new_key_pair
         self._audit = audit
+        self._copies_to = copies_to
         self._stop = asyncio.Event()
         self._trouble = False
         """whether the journal could not be written the last time"""
@@ -159,7 +163,7 @@ class CoordinatorDaemon:
                 nodes = [node_document(cluster, n, now_s) for n in cluster.nodes.values()]
                 document = {"nodes": sorted(nodes, key=lambda n: str(n["node"])), "coordinator": self._facts()}
                 self._outbox.append((peer, m.Reply(message.request, document)))
-            case m.SubmitJob() | m.DescribeJob() | m.CancelJob() | m.ScaleJob() | m.DrainNode():
+            case m.SubmitJob() | m.DescribeJob() | m.CancelJob() | m.ScaleJob() | m.CheckpointNow() | m.DrainNode():
                 self._user_request(peer, user, message, now_s)
             case m.ListFiles() | m.GetFile():
                 self._file_request(peer, message)
@@ -170,7 +174,7 @@ class CoordinatorDaemon:
         self,
         peer: Peer,
         user: str,
-        message: m.SubmitJob | m.DescribeJob | m.CancelJob | m.ScaleJob | m.DrainNode,
+        message: m.SubmitJob | m.DescribeJob | m.CancelJob | m.ScaleJob | m.CheckpointNow | m.DrainNode,
         now_s: float,
     ) -> None:
         cluster = self.cluster
@@ -189,7 +193,10 @@ class CoordinatorDaemon:
                 elif isinstance(message, m.ScaleJob):
                     self._audit(f"{user or 'anybody'} scales {record.job} to {message.workers} workers")
                     self._carry_out(cluster.scale(record, message.workers, now_s))
-                document = self._describe(record)
+                if isinstance(message, m.CheckpointNow):
+                    document = record.life.checkpoint_now(message.token)
+                else:
+                    document = self._describe(record)
             self._outbox.append((peer, m.Reply(message.request, document)))
         except LookupError:
             name = message.job if not isinstance(message, (m.SubmitJob, m.DrainNode)) else "to resume from"
@@ -245,6 +252,10 @@ class CoordinatorDaemon:
         if not isinstance(fields, dict):
             raise ConfigError("the submission has no spec")
         spec = job_spec(**fields).with_chunks(shared=False)  # settled once, for processes of any host at any time
+        url = spec.settings.checkpoint_url
+        if url and not any(url == prefix or url.startswith(f"{prefix.rstrip('/')}/") for prefix in self._copies_to):
+            allowed_to = ", ".join(self._copies_to) or "nowhere; its administrator starts it with --copies-to URL"
+            raise ConfigError(f"settings.checkpoint_url: {url}: this coordinator copies checkpoints to {allowed_to}")
         source, number, manifest = self._resume_from(spec.resume) if spec.resume else ("", 0, None)
         large = cluster.too_large(spec)
         if large and document.get("anyway") is not True:
@@ -293,6 +304,8 @@ class CoordinatorDaemon:
 
     def _resume_from(self, name: str) -> tuple[str, int, dict[str, Any]]:
         """(job, number, manifest) of the newest sound checkpoint of the job called ``name``."""
+        if "://" in name:
+            raise _Refusal(Refusal.CHECKPOINT, f"{name}: a submitted job goes on from a job of the cluster, not a URL")
         source = self.cluster.find(name).job
         try:
             found, _ = checkpoints.newest(self._files.job(source))
@@ -317,7 +330,9 @@ class CoordinatorDaemon:
 
     def _release(self, record: JobRecord) -> None:
         """The job is over: its keys are worth nothing any more."""
-        del self._services[record.job]
+        service = self._services.pop(record.job)
+        if service.copies is not None:
+            service.copies.end()
         self._metrics.pop(record.job).close()
         if self._keys is not None and record.keys is not None:
             self._keys.allowed.pop(record.keys.processes[0], None)
@@ -360,8 +375,10 @@ class CoordinatorDaemon:
                     models[job] = model.to_wire()
             nodes = {n: cluster.nodes[n].document() if n in cluster.nodes else None for n in cluster.dirty_nodes}
             try:
+                failpoints.hit("coordinator.journal.before")
                 self._journal.write(jobs, models, nodes)
-            except sqlite3.Error as error:
+                failpoints.hit("coordinator.journal.after")
+            except (sqlite3.Error, OSError) as error:
                 if not self._trouble:
                     self._audit(f"the journal cannot be written, so nothing is answered until it can: {error}")
                 self._trouble = True

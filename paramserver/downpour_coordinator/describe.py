@@ -9,6 +9,7 @@ from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.nodes import Node
 from downpour_coordinator.outcome import outcome_of, quantiles
 from downpour_coordinator.processes import Process
+from downpour_coordinator.training import Training
 
 
 def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool = True) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
         "position": _position(cluster, record),
         "workers": {"wanted": life.wanted, "live": len(training.live()), "min": life.fewest},
         "shards": life.spec.shards,
+        "replication": life.spec.replication,
         "mode": life.spec.mode,
         "restarts": life.restarts,
         "restarts_limit": life.spec.restarts,
@@ -47,7 +49,9 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
         "staleness": quantiles(training.staleness()),
         "torn_samples": training.torn_samples(),
         "degraded": life.degraded,
-        "warnings": list(life.warnings),
+        "checkpointing": life.checkpoints.document(now_s),
+        "lost_pushes": outcome.lost_pushes,
+        "warnings": life.remarks,
         "exit_code": outcome.exit_code if life.over else None,
         "model": bool(life.model),
     }
@@ -80,14 +84,26 @@ def _process(cluster: Cluster, record: JobRecord, process: Process) -> dict[str,
         line = node.reported.get((record.job, process.role, process.index, process.epoch), {}) if node else {}
         state = str(line.get("state", "starting"))
     return {
+        "name": process.name,
         "role": process.role,
         "index": process.index,
         "epoch": process.epoch,
+        "part": _part(record.life.training, process),
         "node": process.node,
         "state": "stopping" if process.running and process.stop is not None else state,
         "exit_code": process.code,
         "pid": process.pid,
     }
+
+
+def _part(training: Training, process: Process) -> str:
+    """With replication: what a server process does for its shard."""
+    if process.role != "server" or training.facts.replication == 1:
+        return ""
+    if not training.follows(process.index):
+        return "leads"
+    backup = training.backups.get(process.index % training.facts.shards)
+    return "backup" if backup is not None and backup.promotable else "catches up"
 
 
 def node_document(cluster: Cluster, node: Node, now_s: float) -> dict[str, Any]:
@@ -115,6 +131,6 @@ def node_document(cluster: Cluster, node: Node, now_s: float) -> dict[str, Any]:
         "memory_used": memory,
         "last_seen_s": round(max(0.0, now_s - node.seen_s), 3),
         "version": facts["version"],
-        "processes": [{"job": r.job, "role": p.role, "index": p.index} for r, p in placed],
+        "processes": [{"job": r.job, "role": p.role, "index": p.index, "name": p.name} for r, p in placed],
         "message": message,
     }

@@ -63,4 +63,13 @@ class FindCheckpoint:
     """Effect: find the newest sound checkpoint; answered by ``Lifecycle.checkpoint_found``."""
 
 
-Effect = TrainingEffect | Export | ForgetSnapshot | Prune | FindCheckpoint
+@dataclass(frozen=True, slots=True)
+class FindShardCheckpoint:
+    """Effect: find the newest checkpoint after number ``after`` that is sound for these shards; answered by
+    ``Lifecycle.shard_checkpoint_found``."""
+
+    after: int
+    shards: tuple[int, ...]
+
+
+Effect = TrainingEffect | Export | ForgetSnapshot | Prune | FindCheckpoint | FindShardCheckpoint

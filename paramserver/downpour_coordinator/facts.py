@@ -28,6 +28,8 @@ class JobFacts:
     shard_epoch: int = 0
     resume_files: tuple[str, ...] = ()
     """the checkpoint's files, beside its manifest"""
+    replication: int = 1
+    """processes of each shard"""
 
     def document(self) -> dict[str, Any]:
         """Plain values, for the journal."""
@@ -43,7 +45,15 @@ class JobFacts:
 
 def facts_for(job: str, spec: JobSpec, checkpoint: dict[str, Any] | None, folder: str) -> JobFacts:
     """What a job begins with: nothing, or where the manifest ``checkpoint`` in ``folder`` left off."""
-    facts = JobFacts(job, spec.workers, spec.shards, spec.parsed_mode, spec.seed, spec.settings.chunk_bytes)
+    facts = JobFacts(
+        job,
+        spec.workers,
+        spec.shards,
+        spec.parsed_mode,
+        spec.seed,
+        spec.settings.chunk_bytes,
+        replication=spec.replication,
+    )
     if checkpoint is None:
         return facts
     data = checkpoint["data"]

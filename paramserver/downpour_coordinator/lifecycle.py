@@ -13,6 +13,7 @@ A state machine around :class:`Training`: events in, effects out; no sockets, no
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -25,11 +26,13 @@ from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message
 from downpour_common.transport import Peer
 from downpour_coordinator.checkpointing import RETRY_S, Checkpointing
-from downpour_coordinator.effects import Effect, Export, FindCheckpoint
+from downpour_coordinator.effects import Effect, Export, FindCheckpoint, FindShardCheckpoint, ForgetSnapshot
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.processes import Failure, Key, Process, explain
+from downpour_coordinator.recovery import LONG_S, Signs, troubles, whole_backoff_s
 from downpour_coordinator.roster import Roster
 from downpour_coordinator.snapshots import CommitSnapshot
+from downpour_coordinator.standby import Standby
 from downpour_coordinator.training import Training
 
 KEEP_S = 10.0
@@ -38,9 +41,10 @@ CLOSE_S = 5.0
 """Time that shards are given to end by themselves."""
 TELL_S = 0.1
 """Time between telling workers that the job ends and ending them."""
+NO_PLACE_S = 10.0
+"""Time that a worker which is to take over waits for a place, before a job that can do with fewer does so."""
 CANCEL_GRACE_S = 3.0
 """Most time between SIGTERM and SIGKILL in a job that is cancelled."""
-LONGEST_BACKOFF_S = 60.0
 
 
 class Phase(StrEnum):
@@ -59,16 +63,22 @@ class Phase(StrEnum):
     OVER = "OVER"
 
 
+_REPLICATED = (Phase.STARTING, Phase.TRAINING, Phase.KEEPING, Phase.LEAVING, Phase.SAVING)
+"""Phases in which a shard without a backup gets one."""
+
+
 class Lifecycle:
     """One job. ``base`` is put before ``checkpoints/NNNNNN``: its run directory with a slash, or "" in a cluster."""
 
     def __init__(self, job: str, spec: JobSpec, facts: JobFacts, base: str, snapshots: int = 0) -> None:
         self.job, self.spec = job, spec
-        self.training = Training(facts)
         self.phase = Phase.QUEUED
         self.roster = Roster()
         settings = spec.settings
-        self.checkpoints = Checkpointing(base, snapshots, settings.checkpoint_s, settings.keep_checkpoints)
+        self.checkpoints = Checkpointing(
+            base, snapshots, settings.checkpoint_s, settings.keep_checkpoints, settings.mtbf_s
+        )
+        self.training = Training(facts, self.checkpoints.folder)
         self.failure: Failure | None = None
         self.restarts = 0
         self.last_failure: Failure | None = None
@@ -88,7 +98,23 @@ class Lifecycle:
         self._told_s = -TELL_S
         self._ended_well = False
         self._since_s = 0.0
+        self._now_s = 0.0
+        self._signs = Signs()
+        self.standby = Standby(self.roster, self._signs, self.warnings)
         self._asked_s = float("-inf")
+        self._sought_s = float("-inf")
+        self._trains_s: float | None = None
+        """since when, this time"""
+        self._floor = self._newest = snapshots
+        """checkpoints after the first one are of this run, the other is the newest of all"""
+        self._committing = 0
+        """number of the snapshot whose manifest is being written"""
+        self._lost_host = ("", 0.0)
+        """that was lost last with processes, and when"""
+        self._begun_again = 0
+        """how often in a row the whole job has begun again soon"""
+        self._non_finite: dict[int, int] = {}
+        """contributions with NaN or Inf by slot that have had their consequences"""
         self._awaited = 0
         """number of the snapshot that the phase waits for"""
         self._committed = False
@@ -132,7 +158,21 @@ class Lifecycle:
     @property
     def degraded(self) -> str:
         """What goes wrong without ending the job, or ""."""
-        return self.checkpoints.degraded
+        found = [self.checkpoints.degraded]
+        if self.phase in (Phase.TRAINING, Phase.SAVING, Phase.KEEPING) and self.training.begun:
+            found += troubles(self.training, self.processes, self._signs, self._now_s)
+        return "; ".join(filter(None, found))
+
+    @property
+    def remarks(self) -> list[str]:
+        """The warnings, and what is counted: pushes that were lost, contributions that were left out."""
+        found = list(self.warnings)
+        for index, lost in sorted(self.training.lost().items()):
+            found.append(f"{_count(lost.pushes, 'push', 'es')} {_were(lost.pushes)} lost with server/{index}")
+        for slot, count in sorted(self.training.non_finite().items()):
+            text = f"worker/{slot} sent NaN or Inf in {_count(count, 'contribution', 's')}"
+            found.append(f"{text}, which {_were(count)} left out")
+        return found
 
     @property
     def over(self) -> bool:
@@ -153,9 +193,22 @@ class Lifecycle:
 
     def pending(self) -> list[Process]:
         """Processes that need a place, shards first."""
-        if self.phase not in (Phase.STARTING, Phase.TRAINING):
+        if self.phase not in (Phase.STARTING, Phase.TRAINING, Phase.SAVING):
             return []
-        return self.roster.pending()
+        found = [p for p in self.roster.pending() if self._may_start(p)]
+        # Nobody waits behind a backup that finds no place.
+        return sorted(found, key=lambda p: p.role == "server" and self.training.follows(p.index))
+
+    def _may_start(self, process: Process) -> bool:
+        if process.wait_s and process.waited_s(self._now_s) < 0.0:
+            return False
+        if process.role == "worker":
+            return self.phase is not Phase.SAVING
+        if self.training.follows(process.index):
+            return self.phase is not Phase.SAVING
+        shard = self.training.shards[process.index % self.spec.shards]
+        # Elsewhere its file must be brought there first; here it may start meanwhile.
+        return not shard.recovers or bool(shard.checkpoint or self.checkpoints.base)
 
     def stopping(self) -> list[Process]:
         """Processes that are to end and have not yet."""
@@ -165,9 +218,12 @@ class Lifecycle:
 
     def begin(self, now_s: float, workers: int | None = None) -> list[Effect]:
         """Leave the queue: the processes are wanted from now on, ``workers`` of them at first if not all."""
+        self._now_s = now_s
         self.begun_s = now_s if self.begun_s is None else self.begun_s
         first = self.wanted if workers is None else workers
-        self.training = Training(replace(self.training.facts, workers=first, shard_epoch=self.restarts))
+        facts = replace(self.training.facts, workers=first, shard_epoch=self.restarts)
+        self.training = self.training.anew(facts)
+        self._non_finite = {}
         self._populate(now_s)
         return []
 
@@ -182,13 +238,23 @@ class Lifecycle:
         """A message of one of the job's processes. Raises :class:`ProtocolError` for nonsense."""
         if self.phase in (Phase.QUEUED, Phase.WAITING, Phase.OVER):
             raise ProtocolError(f"job {self.job} has no processes now")
+        self._now_s = now_s
         effects: list[Effect] = list(self.training.handle(peer, message))
+        match message:
+            case m.FromShard():
+                self._signs.heard(("server", message.shard), message.shard_epoch, now_s)
+            case m.WorkerNotice() | m.WorkerRequest():
+                self._signs.heard(("worker", message.slot), message.worker_epoch, now_s)
         if isinstance(message, m.RegisterWorker):
             self._runs(("worker", message.slot), message.worker_epoch, message.pid)
         if isinstance(message, m.RegisterShard):
             self._runs(("server", message.shard), message.shard_epoch, message.pid)
-        if any(isinstance(e, CommitSnapshot) and e.number == self._awaited for e in effects):
-            self._committed = True
+        for effect in effects:
+            if isinstance(effect, CommitSnapshot):
+                self._committed |= effect.number == self._awaited
+                self._committing = effect.number
+                hosts = {s.index: self.processes["server", s.process].node for s in self.training.shards.values()}
+                self.checkpoints.measured(effect.manifest["files"], hosts)
         return self._advance(now_s, effects)
 
     def _runs(self, key: Key, epoch: int, pid: int) -> None:
@@ -211,12 +277,15 @@ class Lifecycle:
         if process is None or process.epoch != epoch or process.state == "ended":
             return effects
         process.state, process.code, process.tail, process.error = "ended", code, tail, error
-        if self.phase in (Phase.STARTING, Phase.TRAINING):
+        if process.role == "server":
+            self._judge_shard(process, now_s, effects)
+        elif self.phase in (Phase.STARTING, Phase.TRAINING):
             self._judge(process, now_s, effects)
         return self._advance(now_s, effects)
 
     def tick(self, now_s: float) -> list[Effect]:
         """Time passes; call it a few times per second."""
+        self._signs.listening(now_s)
         return self._advance(now_s, [])
 
     def stop(self, reason: str, keep: bool, now_s: float) -> list[Effect]:
@@ -246,6 +315,8 @@ class Lifecycle:
     def snapshot_done(self, number: int, error: str, now_s: float) -> list[Effect]:
         """A snapshot was committed, or why not."""
         effects: list[Effect] = []
+        self._committing = 0 if self._committing == number else self._committing
+        self._newest = self._newest if error else max(self._newest, number)
         self.checkpoints.done(number, error, now_s, effects)
         if number == self._awaited:
             self._snapshot_over(error, now_s, effects)
@@ -265,9 +336,37 @@ class Lifecycle:
     def checkpoint_found(self, facts: JobFacts, now_s: float) -> list[Effect]:
         """What a restart goes on from (asked for by :class:`FindCheckpoint`); the job queues for its places again."""
         if self.phase is Phase.WAITING:
-            self.training = Training(facts)
+            self.training = self.training.anew(facts)
             self._enter(Phase.QUEUED, now_s)
         return self._advance(now_s, [])
+
+    def shard_checkpoint_found(
+        self, number: int, shards: tuple[int, ...], skipped: tuple[str, ...], now_s: float
+    ) -> list[Effect]:
+        """The checkpoint that these shards come back from, 0 if there is none (asked for by
+        :class:`FindShardCheckpoint`); ``skipped``: what is wrong with newer ones."""
+        effects: list[Effect] = []
+        waiting = [i for i in shards if self.training.shards[i].recovers and not self.training.shards[i].checkpoint]
+        if waiting and self.phase in (Phase.TRAINING, Phase.SAVING):
+            self.warnings += [f"skipped a damaged checkpoint: {text}" for text in skipped]
+            if number:
+                for index in waiting:
+                    effects += self.training.shard_resumes(index, number)
+            elif self.last_failure is not None:
+                self._begin_again(self.last_failure, now_s, paid=True)
+        return self._advance(now_s, effects)
+
+    def checkpoint_now(self, token: str) -> dict[str, Any]:
+        """Have a checkpoint begin now, once per ``token``; how far it is: ``state`` is waiting, writing, committed or
+        failed. Raises :class:`ConfigError` where there is nothing to keep."""
+        if len(token) > 64:
+            raise ConfigError("the wish for a checkpoint has a token of at most 64 characters")
+        if self.phase is not Phase.TRAINING and not self.checkpoints.knows(token):
+            raise ConfigError(f"job {self.job} is {self.state}; only a running job can be asked for a checkpoint")
+        wish = self.checkpoints.wish(token)
+        state = "committed" if wish.committed else "failed" if self.over else "writing" if wish.number else "waiting"
+        error = wish.error or ("the job has ended before it" if state == "failed" else "")
+        return {"job": self.job, "state": state, "number": wish.number, "error": error}
 
     def scale(self, workers: int, now_s: float) -> list[Effect]:
         """Have this many workers while training goes on. Raises :class:`ConfigError`."""
@@ -300,8 +399,12 @@ class Lifecycle:
     # ------------------------------------------------------------ processes
 
     def _populate(self, now_s: float) -> None:
-        for process in self.roster.populate(self.training.facts.workers, self.spec.shards, self.restarts, now_s):
+        spec = self.spec
+        self.roster.populate(self.training.facts.workers, spec.shards, spec.replication, self.restarts, now_s)
+        for process in self.roster.workers():
             self.training.expect(process.index, process.epoch)
+        for process in self.roster.servers():
+            self.training.expect_server(process.index, process.epoch)
         self._enter(Phase.STARTING, now_s)
 
     def _want_worker(self, slot: int, now_s: float) -> None:
@@ -312,40 +415,158 @@ class Lifecycle:
             self.training.worker_lost(process.index)
 
     def _judge(self, process: Process, now_s: float, effects: list[Effect]) -> None:
-        """What the end of a process means while the job starts or trains."""
-        worker = self.training.workers.get(process.index) if process.role == "worker" else None
+        """What the end of a worker's process means while the job starts or trains."""
+        worker = self.training.workers.get(process.index)
         if worker is not None and worker.gone and process.code == 0 and not worker.drained:
             return
         mine = (process.index, process.epoch)
         reported = next((f for f in self.training.failures if worker and (f.slot, f.worker_epoch) == mine), None)
         failure = explain(process, worker is not None and bool(worker.pid), reported, self.spec.script)
         left = worker is not None and worker.gone and worker.drained
-        if process.role == "worker" and self.training.begun and not self.training.facts.mode.synchronous:
+        synchronous = self.training.facts.mode.synchronous
+        in_round = synchronous and worker is not None and not left and (worker.answered or worker.takes_over)
+        training = self.phase is Phase.TRAINING and self.training.begun
+        if in_round and worker and not worker.gone and training and self._can_spend(failure, now_s):
+            self._take_over(process, failure, now_s)
+            return
+        if self.training.begun and not synchronous:
             effects.extend(self.training.worker_lost(process.index))
-        elif worker is not None and not left and not worker.answered:
+        elif worker is not None and not left and not in_round:
             effects.extend(self.training.worker_lost(process.index))  # it never counted
         if process.leaving and (left or not process.replace or process.code in (None, 143, -15, -9)):
-            if not left and self.training.facts.mode.synchronous and worker is not None and worker.answered:
-                self._fail(failure, now_s)  # in the middle of a round
+            if in_round:
+                self._fail(failure, now_s)
             elif process.replace:
                 self._want_worker(process.index, now_s)
             return
-        replaceable = self.training.begun and process.role == "worker" and self.phase is Phase.TRAINING
-        if replaceable and not left and self.training.facts.mode.synchronous and worker and worker.answered:
-            replaceable = False
+        replaceable = training and not in_round
         if left:
             failure = replace(failure, message="was asked to leave (SIGTERM) by somebody else", reason="PREEMPTED")
             if self.fewest >= self.wanted:
                 failure = replace(failure, details=f"fewer than {self.fewest} workers are left (see --min-workers)")
-        if replaceable and self.restarts < self.spec.restarts:
-            self.restarts += 1
-            self.last_failure = failure
-            self.warnings.append(f"{process.name} {failure.message}; it is being replaced")
-            self._want_worker(process.index, now_s)
+        if replaceable and self._can_spend(failure, now_s):
+            self._spend(process, failure, "it is being replaced", now_s)
+            self.training.expect(process.index, self.roster.succeed(process, now_s).epoch)
         elif replaceable and len(self.roster.staying()) >= self.fewest and self.fewest < self.wanted:
             self.warnings.append(f"{process.name} {failure.message}; the others go on without it")
         else:
             self._fail(failure, now_s)
+
+    def _have_one_soon(self) -> None:
+        """So that there is something to come back to from the beginning."""
+        if self._spare and self._newest == self._floor:
+            self.checkpoints.wish("the first")
+
+    @property
+    def _spare(self) -> bool:
+        """Whether there are restarts left."""
+        return self.restarts < self.spec.restarts and not self.interrupted
+
+    def _can_spend(self, failure: Failure, now_s: float) -> bool:
+        """Whether another process may be started for this; all that is lost with one host costs one restart."""
+        return self._spare or (self._lost_host == (failure.host, now_s) and not self.interrupted)
+
+    def _spend(self, process: Process, failure: Failure, meaning: str, now_s: float) -> None:
+        self.restarts += self._lost_host != (failure.host, now_s)
+        self._lost_host = (failure.host, now_s) if failure.reason == "NODE_LOST" else ("", 0.0)
+        self.last_failure = failure
+        self.warnings.append(f"{process.name} {failure.message}; {meaning}")
+
+    def _take_over(self, process: Process, failure: Failure, now_s: float) -> None:
+        """sync: another process goes on in the round that this worker has died in, and leaves then if it was to."""
+        self._spend(process, failure, "another process takes over", now_s)
+        after = self.roster.succeed(process, now_s)
+        after.leaving = process.leaving and not process.replace
+        self.training.take_over(process.index, after.epoch)
+
+    def _judge_shard(self, process: Process, now_s: float, effects: list[Effect]) -> None:
+        """What the end of a shard's process means."""
+        failure = explain(process, False, None, self.spec.script)
+        if self.spec.replication > 1 and self.phase in _REPLICATED:
+            if was := self.standby.ended(self.training, process, failure.message, now_s, effects):
+                if was == "leader":
+                    self._give_up_snapshot(process, now_s, effects)
+                return
+            failure = replace(failure, index=process.index % self.spec.shards)
+        saving = self.phase is Phase.SAVING and not self._committed and not self._keep
+        if self.phase in (Phase.STARTING, Phase.TRAINING) or (saving and self._can_spend(failure, now_s)):
+            alone = not self.training.facts.mode.synchronous and self.training.begun and self._newest > self._floor
+            if alone and self._can_spend(failure, now_s):
+                self._recover(process, failure, now_s, effects)
+            else:
+                self._begin_again(failure, now_s)
+
+    def _recover(self, process: Process, failure: Failure, now_s: float, effects: list[Effect]) -> None:
+        """A shard alone comes back from the last checkpoint; the others go on."""
+        self._spend(process, failure, "it comes back from the last checkpoint", now_s)
+        self._give_up_snapshot(process, now_s, effects)
+        self.training.shard_lost(process.index % self.spec.shards, self.roster.succeed(process, now_s).epoch)
+        self._sought_s = float("-inf")
+
+    def _give_up_snapshot(self, process: Process, now_s: float, effects: list[Effect]) -> None:
+        """It has ended with a part of the snapshot under way."""
+        if number := self.training.snapshot:
+            self.training.abandon_snapshot()
+            effects.append(ForgetSnapshot(number))
+            self.checkpoints.wait_from(now_s)
+            self.checkpoints.wish(f"after {process.name} {process.epoch}")
+            self._awaited = 0
+        if self.phase is Phase.SAVING:
+            self._since_s = now_s
+
+    def _begin_again(self, failure: Failure, now_s: float, paid: bool = False) -> None:
+        """The job ends, and begins again from its last checkpoint if it may. ``paid``: this failure has cost a restart
+        already."""
+        self.restarts -= paid and self.restarts > 0
+        if self.failure is None and self.phase is Phase.SAVING:
+            self.failure = failure
+            self._enter(Phase.LEAVING, now_s)
+        self._fail(failure, now_s)
+
+    def _seek(self, now_s: float, effects: list[Effect]) -> None:
+        """See to it that shards come back."""
+        for shard in self.training.recovering():
+            process = self.processes["server", shard.process]
+            limit_s = self.spec.settings.start_timeout_s
+            late = process.waited_s(now_s) > limit_s
+            if shard.error or (late and process.state == "pending"):
+                message = shard.error or f"has had no place for {limit_s:g} s"
+                reason = "NOT_STARTED" if shard.error else "START_TIMEOUT"
+                failure = Failure("server", shard.index, exitcodes.FAILED, message, reason=reason)
+                self._begin_again(failure, now_s, paid=True)
+                return
+            if late and process.running and process.stop is None:
+                process.stop = self.spec.settings.grace_s
+                self.warnings.append(f"{process.name} has not come back within {limit_s:g} s")
+        waiting = tuple(s.index for s in self.training.recovering() if not s.checkpoint)
+        if waiting and not self._committing and now_s - self._sought_s > RETRY_S:
+            self._sought_s = now_s
+            effects.append(FindShardCheckpoint(self._floor, waiting))
+
+    def _consequences(self, now_s: float) -> None:
+        """What ``on_nan`` says of workers that have sent NaN or Inf."""
+        way = self.spec.settings.on_nan
+        counts = self.training.non_finite() if way in ("quarantine", "rollback") else {}
+        for slot, count in counts.items():
+            process = self.processes.get(("worker", slot))
+            if count <= self._non_finite.get(slot, 0) or process is None or process.state == "ended":
+                continue
+            self._non_finite[slot] = count
+            failure = Failure(
+                "worker", slot, exitcodes.FAILED, "sent NaN or Inf", reason="NON_FINITE", host=process.node
+            )
+            if way == "rollback":
+                self._fail(failure, now_s)
+            elif not process.leaving:
+                least = self.spec.min_workers or 1
+                if len(self.roster.staying()) <= least:
+                    details = f"without it fewer than {_count(least, 'worker', 's')} would be left"
+                    self._fail(replace(failure, details=details), now_s)
+                else:
+                    self.wanted -= 1
+                    self.fewest = min(self.fewest, self.wanted)
+                    self.warnings.append(f"{process.name} sent NaN or Inf; it leaves the job (on_nan=quarantine)")
+                    self._let_go(process, replace=False)
 
     # ------------------------------------------------------------ from phase to phase
 
@@ -357,6 +578,10 @@ class Lifecycle:
 
     def _advance(self, now_s: float, effects: list[Effect]) -> list[Effect]:
         """Go on from phase to phase as far as what is known allows."""
+        self._now_s = now_s
+        if self.spec.replication > 1 and self.phase in _REPLICATED:
+            self.standby.begins(self.training, now_s, effects)
+            self.standby.look(self.training, self.spec.settings.start_timeout_s, now_s, effects)
         while True:
             before = self.phase
             if self._hurry and before not in (Phase.ENDING, Phase.OVER):
@@ -385,6 +610,8 @@ class Lifecycle:
         if self.training.begun:
             self.first_step_s = self.first_step_s or now_s
             self.checkpoints.wait_from(now_s)
+            self._trains_s = now_s
+            self._have_one_soon()
             self._enter(Phase.TRAINING, now_s)
             for slot in range(self.training.facts.workers, self.wanted):
                 self._want_worker(slot, now_s)
@@ -395,8 +622,14 @@ class Lifecycle:
 
     def _train(self, now_s: float, effects: list[Effect]) -> None:
         settings = self.spec.settings
+        self.checkpoints.failures_seen(self.restarts, now_s - (self.first_step_s or now_s))
+        self._consequences(now_s)
+        self._seek(now_s, effects)
+        if self.phase is not Phase.TRAINING:
+            return
         joined = {w.slot for w in self.training.workers.values() if w.answered}
-        if not any(p.state != "ended" and p.index in joined for p in self.roster.workers()):
+        taking_over = {w.slot for w in self.training.workers.values() if w.takes_over and not w.answered}
+        if not any(p.state != "ended" and p.index in joined | taking_over for p in self.roster.workers()):
             if any(p.code == 0 for p in self.roster.workers()):
                 self.trained_s = now_s
                 self._enter(Phase.SAVING, now_s)
@@ -406,14 +639,17 @@ class Lifecycle:
                 return
         for process in self.roster.workers():
             late = now_s - process.since_s > settings.start_timeout_s
+            if process.leaving and process.stop is None and process.index in joined and process.running:
+                self._let_go(process, replace=False)  # it has taken over from one that was to leave
             if process.running and process.index not in joined and late and process.stop is None:
                 process.stop = settings.grace_s
                 self.warnings.append(f"{process.name} has not joined within {settings.start_timeout_s:g} s")
         waiting_s = max((now_s - p.since_s for p in self.roster.workers() if p.state == "pending"), default=0.0)
-        if (
-            waiting_s > settings.start_timeout_s
-            and len(joined & {p.index for p in self.roster.staying()}) < self.fewest
-        ):
+        enough = len(joined & {p.index for p in self.roster.staying()}) >= self.fewest
+        stranded_s = max((p.waited_s(now_s) for p in self.roster.pending() if p.index in taking_over), default=0.0)
+        if stranded_s > (NO_PLACE_S if self.fewest < self.wanted else settings.start_timeout_s) and self.last_failure:
+            self._begin_again(self.last_failure, now_s, paid=True)
+        elif waiting_s > settings.start_timeout_s and not enough and not taking_over:
             message = f"fewer than {self.fewest} workers, and no place for more within {settings.start_timeout_s:g} s"
             self._fail(Failure("run", -1, exitcodes.FAILED, message, reason="BELOW_MIN"), now_s)
         elif self.checkpoints.due(now_s) and self.training.paced and not self.training.snapshot:
@@ -432,7 +668,7 @@ class Lifecycle:
             self.trained_s = self.trained_s or now_s
             self._keep = False
             self._enter(Phase.SAVING, now_s)
-        elif not running or now_s - self._since_s > KEEP_S or any(not p.running for p in self.roster.servers()):
+        elif not running or now_s - self._since_s > KEEP_S or self._leaderless():
             self._enter(Phase.LEAVING, now_s)
         elif self._awaited:
             self.checkpoints.repeat(self.training, now_s, effects)
@@ -455,10 +691,17 @@ class Lifecycle:
         """The last checkpoint, of what the workers have left at the shards."""
         limit_s = KEEP_S if self._keep else self.spec.settings.timeout_s
         error = ""
-        if not self._committed and any(not p.running for p in self.roster.servers()):
+        coming = {s.index for s in self.training.away()}
+        if coming and not self._committed:
+            self._seek(now_s, effects)
+            if self.phase is not Phase.SAVING:
+                return
+        if not self._committed and self._leaderless(coming):
             error = "a shard is gone"
         elif not self._committed and now_s - self._since_s > limit_s:
             error = f"the shards did not answer within {limit_s:g} s"
+        elif coming and not self._committed:
+            pass
         elif not self._awaited:
             self._awaited = self.checkpoints.begin(self.training, now_s, effects, final=True)
             if not self._awaited:
@@ -470,6 +713,11 @@ class Lifecycle:
         if error:
             self.training.abandon_snapshot()
             self._snapshot_over(error, now_s, effects)
+
+    def _leaderless(self, coming: Collection[int] = ()) -> bool:
+        """Whether a shard is gone for good."""
+        shards = self.training.shards.values()
+        return any(not self.processes["server", s.process].running and s.index not in coming for s in shards)
 
     def _snapshot_over(self, error: str, now_s: float, effects: list[Effect]) -> None:
         """The snapshot that the phase waits for has been committed, or will not be."""
@@ -491,7 +739,7 @@ class Lifecycle:
 
     def _close(self, now_s: float, effects: list[Effect]) -> None:
         """The shards end by themselves, with a last report."""
-        ready = {s.index for s in self.training.shards.values() if s.ready}
+        ready = self.training.servers_ready()
         waited_for = [p for p in self.roster.servers() if p.running and p.index in ready]
         if now_s - self._asked_s > 1.0:
             self._asked_s = now_s
@@ -508,14 +756,16 @@ class Lifecycle:
             self.restarts += 1
             self.warnings.append(f"{self._told(self.failure)}; the job was started again from its last checkpoint")
             self.last_failure, self.failure = self.failure, None
-            self.training = Training(self.training.facts)
+            soon = self.training.begun and now_s - (self._trains_s or now_s) < LONG_S
+            self._begun_again = self._begun_again + 1 if soon or not self.training.begun else 1
+            self.training = self.training.anew(self.training.facts)
+            self._committing = 0
             self._enter(Phase.WAITING, now_s)
         else:
             self._enter(Phase.OVER, now_s)
 
     def _wait(self, now_s: float, effects: list[Effect]) -> None:
-        backoff_s = min(2.0 ** min(self.restarts - 1, 10), LONGEST_BACKOFF_S)
-        if now_s - self._since_s >= backoff_s and now_s - self._asked_s > RETRY_S:
+        if now_s - self._since_s >= whole_backoff_s(self._begun_again) and now_s - self._asked_s > RETRY_S:
             self._asked_s = now_s
             effects.append(FindCheckpoint())
 
@@ -573,6 +823,9 @@ class Lifecycle:
             "ended_well": self._ended_well,
             "snapshots": self.checkpoints.number,
             "times": [self.begun_s, self.first_step_s, self.trained_s],
+            "checkpoints": [self._floor, self._newest],
+            "begun_again": self._begun_again,
+            "non_finite": list(self._non_finite.items()),
             "training": self.training.document(),
         }
 
@@ -580,14 +833,18 @@ class Lifecycle:
     def from_document(cls, job: str, document: dict[str, Any], model: ModelSpec | None, now_s: float) -> Lifecycle:
         """The inverse of :meth:`document`; every wait begins anew, snapshots and exports under way are repeated."""
         spec = JobSpec(**document["spec"])
-        training = Training.from_document(document["training"], model)
-        self = cls(job, spec, training.facts, document["base"], document["snapshots"])
-        self.training = training
+        facts = JobFacts.from_document(document["training"]["facts"])
+        self = cls(job, spec, facts, document["base"], document["snapshots"])
+        self.training = Training.from_document(document["training"], model, self.checkpoints.folder)
+        self._floor, self._newest = document["checkpoints"]
+        self._begun_again, self._non_finite = document["begun_again"], dict(document["non_finite"])
+        self._now_s = now_s
         self.roster = Roster.from_document(document["processes"], now_s)
         self.failure = Failure(**document["failure"]) if document["failure"] else None
         self.last_failure = Failure(**document["last_failure"]) if document["last_failure"] else None
         self.restarts, self.interrupted = document["restarts"], document["interrupted"]
         self.warnings, self.model = document["warnings"], document["model"]
+        self.standby = Standby(self.roster, self._signs, self.warnings)
         self.wanted, self.fewest = document["wanted"], document["fewest"]
         self._keep, self._kept = document["keep"], document["kept"]
         self._ended_well = document["ended_well"]
@@ -596,4 +853,14 @@ class Lifecycle:
         self.begun_s, self.first_step_s, self.trained_s = document["times"]
         if self.phase is Phase.EXPORTING:
             self._enter(Phase.SAVING, now_s)
+        if self.phase is Phase.TRAINING:
+            self._have_one_soon()
         return self
+
+
+def _count(number: int, noun: str, plural: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"

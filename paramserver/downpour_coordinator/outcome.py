@@ -37,6 +37,13 @@ class Outcome:
     wait_share: float = 0.0
     staleness: dict[str, int] = field(default_factory=dict)
     clock_gap_max: int = 0
+    restarts: int = 0
+    lost_pushes: int = 0
+    """pushes that were applied, and are gone with a shard that has died, of all shards"""
+    lost: dict[str, int] = field(default_factory=dict)
+    """contributions to single chunks among them, by shard"""
+    non_finite: dict[str, int] = field(default_factory=dict)
+    """contributions to chunks with NaN or Inf that were left out, by worker"""
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -69,6 +76,10 @@ class Outcome:
             "wait_share": round(self.wait_share, 4),
             "staleness": self.staleness,
             "clock_gap_max": self.clock_gap_max,
+            "restarts": self.restarts,
+            "lost_pushes": self.lost_pushes,
+            "lost": self.lost,
+            "non_finite": self.non_finite,
             "metrics": {k: v if math.isfinite(v) else None for k, v in self.metrics.items()},
             "out": self.out,
             "model": self.model,
@@ -98,7 +109,8 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
         train_s=trained_s - first_s if first_s is not None else 0.0,
         start_s=first_s - began_s if first_s is not None else None,
         failure=job.failure,
-        warnings=list(job.warnings),
+        restarts=job.restarts,
+        warnings=job.remarks,
     )
     fill_figures(outcome, job.training)
     return outcome
@@ -107,7 +119,6 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
 def fill_figures(outcome: Outcome, state: Training) -> None:
     """Add what the coordinator knows."""
     reports = [*state.former, *(w.progress for w in state.workers.values() if w.progress is not None)]
-    shards = [s.report for s in state.shards.values()]
     outcome.steps = max((p.clock - state.facts.clock for p in reports), default=0)
     outcome.samples = sum(p.samples for p in reports)
     outcome.pushes = sum(p.pushes for p in reports)
@@ -117,7 +128,11 @@ def fill_figures(outcome: Outcome, state: Training) -> None:
         slots = len({p.slot for p in reports})
         outcome.wait_share = min(1.0, sum(p.wait_s for p in reports) / (outcome.train_s * slots))
     outcome.staleness = quantiles(state.staleness())
-    outcome.clock_gap_max = max((int(s.get("clock_gap_max", 0)) for s in shards), default=0)
+    outcome.clock_gap_max = state.clock_gap_max()
+    lost = state.lost()
+    outcome.lost_pushes = sum(n.pushes for n in lost.values())
+    outcome.lost = {f"server/{index}": n.contributions for index, n in lost.items()}
+    outcome.non_finite = {f"worker/{slot}": n for slot, n in sorted(state.non_finite().items())}
     outcome.metrics = dict(state.latest)
 
 

@@ -29,6 +29,8 @@ class Room:
     """processes of any job there"""
     of_this_job: int = 0
     """shards of the job at hand there"""
+    host: str = ""
+    """what fails together, if not the node alone"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,17 @@ class Place:
     gpu: int = -1
 
 
-def place(spec: JobSpec, wanted: Sequence[Key], rooms: Iterable[Room]) -> dict[Key, Place] | str:
-    """A place for each of ``wanted`` ((role, index) pairs), or why there is none. Changes ``rooms``."""
+def place(
+    spec: JobSpec, wanted: Sequence[Key], rooms: Iterable[Room], others: Mapping[Key, str] | None = None
+) -> dict[Key, Place] | str:
+    """A place for each of ``wanted`` ((role, index) pairs), or why there is none. Changes ``rooms``.
+
+    ``others``: nodes of the job's servers that run. A shard's second process goes to another host than its first if
+    there is one.
+    """
     rooms = list(rooms)
+    hosts = {r.node: r.host or r.node for r in rooms}
+    taken = {key: hosts.get(node, node) for key, node in (others or {}).items()}
     places: dict[Key, Place] = {}
     for role in ("server", "worker"):
         keys = [key for key in wanted if key[0] == role]
@@ -51,7 +61,8 @@ def place(spec: JobSpec, wanted: Sequence[Key], rooms: Iterable[Room]) -> dict[K
         for number, key in enumerate(keys):
             if gpus and spec.device == "cuda":
                 fitting = [r for r in fitting if r.gpus]
-            room = _best(role, spec, fitting)
+            partner = ("server", (key[1] + spec.shards) % (spec.shards * spec.replication))
+            room = _best(role, spec, fitting, taken.get(partner, "") if role == "server" and partner != key else "")
             if room is None:
                 return _missing(role, spec, len(keys) - number, len(keys), labels)
             room.used += 1
@@ -59,14 +70,15 @@ def place(spec: JobSpec, wanted: Sequence[Key], rooms: Iterable[Room]) -> dict[K
             if role == "server":
                 room.of_this_job += 1
                 room.memory_bytes -= spec.shard_memory
+                taken[key] = hosts[room.node]
             places[key] = Place(room.node, room.gpus.pop(0) if gpus and room.gpus else -1)
     return places
 
 
-def _best(role: str, spec: JobSpec, rooms: list[Room]) -> Room | None:
+def _best(role: str, spec: JobSpec, rooms: list[Room], avoided: str) -> Room | None:
     if role == "server":
         free = [r for r in rooms if r.slots != 0 and r.memory_bytes >= spec.shard_memory]
-        return min(free, key=lambda r: (r.of_this_job, r.used, r.node), default=None)
+        return min(free, key=lambda r: ((r.host or r.node) == avoided, r.of_this_job, r.used, r.node), default=None)
     return min((r for r in rooms if r.slots > 0), key=lambda r: (-r.slots, r.used, r.node), default=None)
 
 
@@ -80,7 +92,7 @@ def _missing(role: str, spec: JobSpec, missing: int, of: int, labels: Mapping[st
 def place_gang(spec: JobSpec, rooms: Sequence[Room], fewest: int, most: int) -> dict[Key, Place] | str:
     """Places for all shards and as many workers as there is room for, between ``fewest`` and ``most``."""
     copies = [replace(room, gpus=list(room.gpus)) for room in rooms]
-    places = place(spec, [("server", index) for index in range(spec.shards)], copies)
+    places = place(spec, [("server", index) for index in range(spec.shards * spec.replication)], copies)
     if isinstance(places, str):
         return places
     for index in range(most):

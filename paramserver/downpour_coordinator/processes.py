@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from downpour_common import exitcodes
 from downpour_common import messages as m
+from downpour_common.names import process_name
 
 Key = tuple[str, int]
 """(role, index) of a process: ``server`` or ``worker``."""
@@ -36,11 +37,19 @@ class Process:
     """why it could not be started, or was lost"""
     pid: int = 0
     gpu: int = -1
+    replaces: bool = False
+    """it takes the place of one that has died while the job went on"""
+    quick: int = 0
+    """how many before it, one after the other, have lived for a short time only"""
+    wait_s: float = 0.0
+    """time from ``since_s`` before it should be started"""
+    shards: int = 0
+    """the job's; of a server process"""
 
     @property
     def name(self) -> str:
-        """``role/index``."""
-        return f"{self.role}/{self.index}"
+        """For people."""
+        return process_name(self.role, self.index, self.shards)
 
     @property
     def key(self) -> Key:
@@ -51,6 +60,10 @@ class Process:
     def running(self) -> bool:
         """Whether there may be such a process."""
         return self.state == "started"
+
+    def waited_s(self, now_s: float) -> float:
+        """Time in this state, from when it should be started on."""
+        return now_s - self.since_s - self.wait_s
 
     def document(self) -> dict[str, Any]:
         """Plain values, for the journal."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from downpour_common.errors import ProtocolError
+from downpour_coordinator.replicas import check_replica
 
 _COUNTERS = ("clock_gap_max", "members", "pid", "round", "rounds_per_report", "snapshot")
 _SNAPSHOT: dict[str, type] = {
@@ -19,9 +21,11 @@ _SNAPSHOT: dict[str, type] = {
 
 def check_report(document: dict[str, Any]) -> None:
     """A shard's counters. Raises :class:`ProtocolError` where one that is used here is not what it should be."""
-    staleness = document.get("staleness", {})
-    if not isinstance(staleness, dict) or not all(k.isdecimal() and _count(v) for k, v in staleness.items()):
-        raise ProtocolError("a report's staleness is no histogram")
+    for name in ("staleness", "non_finite"):
+        if not _histogram(document.get(name, {})):
+            raise ProtocolError(f"a report's {name} is no histogram")
+    _check_lost(document)
+    check_replica(document)
     for name in _COUNTERS:
         if not _count(document.get(name, 0)):
             raise ProtocolError(f"a report's {name!r} is no count")
@@ -36,8 +40,22 @@ def check_snapshot(document: dict[str, Any], shard: int) -> None:
         raise ProtocolError(f"server/{shard} has no file {document['file']!r}")
     if not all(map(_count, [document["bytes"], *document["trainable_versions"], *document["position"]])):
         raise ProtocolError("a snapshot's counts are not counts")
+    _check_lost(document)
+    cost_s = document.get("cost_s", 0.0)
+    if not isinstance(cost_s, (int, float)) or not 0 <= cost_s < math.inf:
+        raise ProtocolError("a snapshot's cost_s is no time")
     if not all(i.isdecimal() and isinstance(row, dict) for i, row in document["chunks"].items()):
         raise ProtocolError("a snapshot's chunks are not numbered")
+
+
+def _check_lost(document: dict[str, Any]) -> None:
+    pushes = document.get("lost_pushes", 0)
+    if not _count(document.get("lost", 0)) or not (_count(pushes) or _histogram(pushes)):
+        raise ProtocolError("what a shard has lost is no count")
+
+
+def _histogram(value: object) -> bool:
+    return isinstance(value, dict) and all(str(k).isdecimal() and _count(n) for k, n in value.items())
 
 
 def _count(value: object) -> bool:

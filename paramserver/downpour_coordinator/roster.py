@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from downpour_coordinator.processes import Key, Process
+from downpour_coordinator.recovery import succeed
 
 DRAIN_S = 30.0
 """Time that a worker which is to leave is given to complete its step."""
@@ -36,21 +37,26 @@ class Roster:
         """What is to end and has not yet."""
         return [p for p in self.all.values() if p.running and p.stop is not None]
 
-    def populate(self, workers: int, shards: int, shard_epoch: int, now_s: float) -> list[Process]:
-        """All anew, workers with epochs that nothing before has had; returns the workers."""
-        epochs = {p.index: p.epoch + 1 for p in self.workers()}
-        self.all = {}
+    def populate(self, workers: int, shards: int, replication: int, shard_epoch: int, now_s: float) -> None:
+        """All anew, with epochs that nothing before has had."""
+        epochs = {key: p.epoch + 1 for key, p in self.all.items()}
+        self.all.clear()
         for slot in range(workers):
-            self.all["worker", slot] = Process("worker", slot, epochs.get(slot, 0), since_s=now_s)
-        for index in range(shards):
-            self.all["server", index] = Process("server", index, shard_epoch, since_s=now_s)
-        return self.workers()
+            self.all["worker", slot] = Process("worker", slot, epochs.get(("worker", slot), 0), since_s=now_s)
+        for index in range(shards * replication):
+            epoch = max(shard_epoch, epochs.get(("server", index), 0))
+            self.all["server", index] = Process("server", index, epoch, since_s=now_s, shards=shards)
 
     def want_worker(self, slot: int, now_s: float) -> Process:
         """One more worker, or another one for a slot whose worker has ended."""
         before = self.all.get(("worker", slot))
         process = Process("worker", slot, before.epoch + 1 if before else 0, since_s=now_s)
         self.all["worker", slot] = process
+        return process
+
+    def succeed(self, before: Process, now_s: float, proven: bool = False) -> Process:
+        """Another process in the place of one that has died; see :func:`downpour_coordinator.recovery.succeed`."""
+        process = self.all[before.key] = succeed(before, now_s, proven)
         return process
 
     def free_slots(self, count: int) -> list[int]:

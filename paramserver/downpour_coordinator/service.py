@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from downpour_common import failpoints
 from downpour_common import messages as m
-from downpour_common.errors import CheckpointError, DownpourError
+from downpour_common.errors import CheckpointError, ConfigError, DownpourError
 from downpour_common.messages import Message
 from downpour_common.transport import Peer
 from downpour_coordinator import checkpoints
-from downpour_coordinator.effects import Effect, Export, FindCheckpoint, ForgetSnapshot, LogRow, Prune, Send, StorePart
+from downpour_coordinator.copies import Copies
+from downpour_coordinator.effects import (
+    Effect,
+    Export,
+    FindCheckpoint,
+    FindShardCheckpoint,
+    ForgetSnapshot,
+    LogRow,
+    Prune,
+    Send,
+    StorePart,
+)
 from downpour_coordinator.export import export_model
 from downpour_coordinator.facts import facts_for
 from downpour_coordinator.lifecycle import Lifecycle
@@ -53,9 +64,20 @@ class JobService:
         self._metrics = metrics
         self._clock = clock
         self._later = later
+        self.copies: Copies | None = None
+        """at the job's ``checkpoint_url``"""
+        settings = job.spec.settings
+        if settings.checkpoint_url:
+            self.copies = Copies(out, settings.checkpoint_url, settings.keep_checkpoints, job.job)
+            job.checkpoints.copies = self.copies.state
+            if not job.over and (held := checkpoints.committed(out)):
+                self.copies.offer(held[-1])
 
     def take(self, peer: Peer, message: Message) -> bool:
-        """A message of one of the job's processes; False when it makes no sense."""
+        """A message of one of the job's processes, or of a user; False when it makes no sense."""
+        if isinstance(message, m.CheckpointNow):
+            self._send(peer, self._checkpoint_now(message))
+            return True
         try:
             effects = self.job.handle(peer, message, self._clock())
         except DownpourError:
@@ -80,13 +102,29 @@ class JobService:
                 case Export():
                     self._export(effect)
                 case ForgetSnapshot():
-                    shutil.rmtree(checkpoints.folder_of(self.out, effect.number), ignore_errors=True)
+                    checkpoints.remove(self.out, effect.number)
                 case Prune():
                     checkpoints.prune(self.out, effect.keep)
                 case FindCheckpoint():
                     self._later(
                         self._newest, lambda facts: self.carry_out(self.job.checkpoint_found(facts, self._clock()))
                     )
+                case FindShardCheckpoint():
+                    self._find_for(effect)
+
+    def _checkpoint_now(self, message: m.CheckpointNow) -> Message:
+        if message.job != self.job.job:
+            return m.Refused(message.request, m.Refusal.WRONG_JOB.value, f"there is no job {message.job}")
+        try:
+            return m.Reply(message.request, self.job.checkpoint_now(message.token))
+        except ConfigError as error:
+            return m.Refused(message.request, m.Refusal.UNUSABLE.value, str(error))
+
+    def _find_for(self, effect: FindShardCheckpoint) -> None:
+        def done(found: tuple[int, tuple[str, ...]]) -> None:
+            self.carry_out(self.job.shard_checkpoint_found(found[0], effect.shards, found[1], self._clock()))
+
+        self._later(lambda: checkpoints.newest_for(self.out, effect.after, effect.shards), done)
 
     def _log(self, effect: LogRow) -> None:
         try:
@@ -98,12 +136,16 @@ class JobService:
     def _commit(self, effect: CommitSnapshot) -> None:
         def work() -> str:
             try:
+                failpoints.hit("coordinator.commit.before")
                 checkpoints.commit(os.path.join(self.out, effect.folder), effect.manifest)
+                failpoints.hit("coordinator.commit.after")
             except (DownpourError, OSError) as error:
                 return str(error)
             return ""
 
         def done(error: str) -> None:
+            if self.copies is not None and not error:
+                self.copies.offer(effect.number)
             self.carry_out(self.job.snapshot_done(effect.number, error, self._clock()))
 
         self._later(work, done)
@@ -126,13 +168,13 @@ class JobService:
 
     def _newest(self) -> Any:
         """The facts of a job that goes on from its newest sound checkpoint, or begins again."""
-        job, folder, manifest = self.job, "", None
+        job = self.job
         try:
             found, _ = checkpoints.newest(self.out)
-            folder, manifest = job.checkpoints.folder(int(os.path.basename(found.folder))), found.manifest
         except CheckpointError:
-            pass  # none yet: from the beginning
-        return facts_for(job.job, job.spec, manifest, folder)
+            return job.training.facts  # none yet: from where it began
+        folder = job.checkpoints.folder(int(os.path.basename(found.folder)))
+        return facts_for(job.job, job.spec, found.manifest, folder)
 
     def _store(self, effect: StorePart) -> None:
         """Part of a shard's file; what is held is the answer, so a gap or a repeat heals itself."""
@@ -141,6 +183,7 @@ class JobService:
         path = os.path.join(folder, f"shard-{part.shard}.safetensors")
         answer: Message
         try:
+            failpoints.hit("coordinator.part.before")
             os.makedirs(folder, exist_ok=True)
             with open(path, "ab") as file:
                 held = file.tell()

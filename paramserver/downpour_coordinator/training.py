@@ -8,19 +8,24 @@ where a sender can be reached now follows from what it sent last.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
 from typing import Any
 
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message, Refusal
+from downpour_common.names import process_name
 from downpour_common.transport import Peer
+from downpour_coordinator.barriers import Barriers
 from downpour_coordinator.data import DataState
 from downpour_coordinator.effects import LogRow, Send, StorePart, TrainingEffect
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.leases import Span, merge
-from downpour_coordinator.participants import ShardEntry, Worker
+from downpour_coordinator.losses import Lost, non_finite_of, staleness_of
+from downpour_coordinator.participants import ShardEntry, Worker, progress_from
+from downpour_coordinator.replicas import Backup, ask_again, caught_up, introduce, promote
 from downpour_coordinator.reports import check_report, check_snapshot
 from downpour_coordinator.snapshots import Round, SnapshotFailed
 
@@ -33,24 +38,32 @@ ANSWERS_KEPT = 64
 
 
 class Training:
-    """State of one job; see the module. ``failures`` collects what scripts reported, the first first."""
+    """State of one job; see the module. ``failures`` collects what scripts reported, the first first. ``folder``:
+    where a checkpoint of this number lies, as the shards are told."""
 
-    def __init__(self, facts: JobFacts) -> None:
+    def __init__(self, facts: JobFacts, folder: Callable[[int], str] = str) -> None:
         self.facts = facts
         self.workers = {slot: Worker(slot) for slot in range(facts.workers)}
-        self.shards = {index: ShardEntry(index) for index in range(facts.shards)}
+        self.shards = {index: ShardEntry(index, facts.shard_epoch) for index in range(facts.shards)}
+        self.backups: dict[int, Backup] = {}
+        """by shard, in jobs with replication"""
+        self.without_backups = False
+        """it may begin before they have caught up"""
         self.failures: list[m.ReportFailure] = []
         self.setup_error = ""
         self.latest: dict[str, float] = {}
         self.torn = 0
         self.former: list[m.Progress] = []
         """the last words of workers whose slots others have now"""
+        self._folder = folder
         self.model: ModelSpec | None = None
         self.begun = False
         """Whether the first workers have been welcomed together."""
+        self._left: list[tuple[int, int, int, int]] = []
+        """slot, epoch, first and next number of each worker that has said goodbye"""
         self._waiting: dict[int, ModelSpec] = {}
         self._data = DataState(facts.epoch, facts.done if facts.resume else ())
-        self._barriers: dict[str, dict[int, tuple[Peer, int]]] = {}
+        self._barriers = Barriers()
         self._passes: dict[int, tuple[Peer, m.BeginPass]] = {}
         """slots whose pass cannot begin before the members have changed"""
         self._version = 0
@@ -80,6 +93,7 @@ class Training:
             case m.Progress():
                 if (worker := self._worker(peer, message, effects)) is not None:
                     worker.progress = message
+                    self._moved_since(worker, message.shard_epochs, effects)
             case m.ReportFailure():
                 if self._worker(peer, message, effects) is not None:
                     self.failures.append(message)
@@ -98,6 +112,84 @@ class Training:
             self._members[slot] = epoch
         self._waiting.pop(slot, None)
 
+    def take_over(self, slot: int, epoch: int) -> None:
+        """sync: the worker of ``slot`` has died in the middle of a round, and another process is to go on where it
+        was. The slot stays a member, and what its worker has entered and begun counts."""
+        before = self.workers[slot]
+        self.expect(slot, epoch)
+        former = max(before.begun, before.former)
+        self.workers[slot] = Worker(slot, epoch=epoch, takes_over=True, start=before.start, former=former)
+        self._passes.pop(slot, None)
+        self._barriers.taken_over(slot)
+
+    def expect_server(self, process: int, epoch: int) -> None:
+        """A server process is being started: one that is to lead from the beginning, or a backup."""
+        index = process % self.facts.shards
+        shard = self.shards[index]
+        if shard.process != process:
+            self.backups[index] = Backup(process, epoch)
+        else:
+            shard.epoch, shard.term = epoch, max(epoch, shard.term)
+
+    def follows(self, process: int) -> bool:
+        """Whether this server process is started as a backup."""
+        return self.shards[process % self.facts.shards].process != process
+
+    def promote(self, index: int) -> list[TrainingEffect]:
+        """The process that leads a shard is no more, and its backup, which can, takes its place."""
+        shard = self.shards[index]
+        effects: list[TrainingEffect] = list(promote(shard, self.backups.pop(index)))
+        return [*effects, LogRow({"leads": self.name_of(shard.process), "term": shard.term})]
+
+    def waits_for_backups(self) -> bool:
+        """Whether nothing else is missing for the first step."""
+        if self.begun or self.model is None or self.without_backups or all(b.promotable for b in self.backups.values()):
+            return False
+        return all(s.serves for s in self.shards.values()) and all(w.pid or w.gone for w in self.workers.values())
+
+    def begin_without_backups(self) -> list[TrainingEffect]:
+        """The workers begin now, and those that are missing catch up later."""
+        effects: list[TrainingEffect] = []
+        self.without_backups = True
+        self._welcome(effects)
+        return effects
+
+    def backup_lost(self, index: int) -> list[TrainingEffect]:
+        """The backup of a shard has ended, or is given up."""
+        backup = self.backups.get(index)
+        return [] if backup is None else list(backup.give_up(self.shards[index]))
+
+    def name_of(self, process: int) -> str:
+        """What a server process is called."""
+        return process_name("server", process, self.facts.shards)
+
+    def shard_lost(self, index: int, epoch: int) -> None:
+        """async, ssp: the process of a shard has died, and another one, of ``epoch``, is to take its place."""
+        shard = self.shards[index]
+        shard.past.add(shard.report)
+        term = epoch if self.facts.replication == 1 else shard.term + 1
+        self.shards[index] = ShardEntry(
+            index, epoch, recovers=True, past=shard.past, process=shard.process, term=term, moved=True
+        )
+
+    def shard_resumes(self, index: int, checkpoint: int) -> list[TrainingEffect]:
+        """The checkpoint that a shard comes back from has been found."""
+        shard = self.shards[index]
+        shard.checkpoint = checkpoint
+        shard.past.resumed(checkpoint)
+        return self._set_up(shard)
+
+    def anew(self, facts: JobFacts) -> Training:
+        """The training that begins again, from nothing or a checkpoint of this one."""
+        after = Training(facts, self._folder)
+        number = facts.resume.rpartition("/")[2]
+        for index, shard in after.shards.items():
+            shard.past.cuts = dict(self.shards[index].past.cuts)
+            shard.past.resumed(int(number) if number.isdecimal() else 0)
+            if facts.replication > 1:
+                shard.term = self.shards[index].term + 1
+        return after
+
     def worker_gone(self, slot: int, effects: list[TrainingEffect], done: bool = False) -> None:
         """The worker of ``slot`` has left the shards: what it held is free, and nobody waits for it.
 
@@ -110,8 +202,7 @@ class Training:
         self._waiting.pop(slot, None)
         self._passes.pop(slot, None)
         self._members.pop(slot, None)
-        for entered in self._barriers.values():
-            entered.pop(slot, None)
+        self._barriers.leave(slot)
         self._data.release(slot)
         self._release_barriers(effects)
         self._welcome(effects)
@@ -131,7 +222,9 @@ class Training:
 
     @property
     def paced(self) -> bool:
-        """Whether enough is known to choose a clock for a synchronous snapshot well."""
+        """Whether there is something to keep, and enough is known to choose a clock for a synchronous snapshot well."""
+        if any(s.report.get("initialised") is False for s in self.shards.values()):
+            return False  # it has said so; one that has not may be asked in vain
         return not self.facts.mode.synchronous or all(s.reports >= REPORTS_NEEDED for s in self.shards.values())
 
     def begin_snapshot(self, number: int, folder: str, final: bool = False) -> list[TrainingEffect]:
@@ -139,7 +232,7 @@ class Training:
 
         In the synchronous mode all shards take it at one clock a little ahead of what the workers reported last.
         """
-        if self.model is None or not all(s.ready for s in self.shards.values()):
+        if self.model is None or not all(s.serves for s in self.shards.values()):
             return []
         if self._round is not None and not final:
             return []
@@ -171,7 +264,13 @@ class Training:
 
     def stop_shards(self) -> list[TrainingEffect]:
         """Tell every shard that the job is over."""
-        return [Send(s.peer, m.StopShard()) for s in self.shards.values() if s.peer]
+        peers = [s.peer for s in self.shards.values()] + [b.peer for b in self.backups.values()]
+        return [Send(peer, m.StopShard()) for peer in peers if peer]
+
+    def servers_ready(self) -> set[int]:
+        """Indices of the server processes that have been set up."""
+        ready = {s.process for s in self.shards.values() if s.ready}
+        return ready | {b.process for b in self.backups.values() if b.ready}
 
     # ------------------------------------------------------------ what it knows
 
@@ -182,7 +281,9 @@ class Training:
 
     def waiting_for(self) -> list[str]:
         """The processes that are still to join, by name."""
-        missing = [f"server/{s.index}" for s in self.shards.values() if not s.address]
+        missing = [self.name_of(s.process) for s in self.shards.values() if not s.address]
+        if not self.without_backups:
+            missing += [self.name_of(b.process) for b in self.backups.values() if not b.address]
         missing += [f"worker/{w.slot}" for w in self.workers.values() if not w.pid and not w.gone]
         return missing
 
@@ -194,8 +295,35 @@ class Training:
         """Contributions by staleness, over all shards."""
         total: Counter[int] = Counter()
         for shard in self.shards.values():
-            total.update({int(k): n for k, n in shard.report.get("staleness", {}).items()})
+            total.update(shard.past.staleness)
+            total.update(staleness_of(shard.report))
         return total
+
+    def lost(self) -> dict[int, Lost]:
+        """What each shard that has lost pushes has lost, by its index."""
+        lost = {s.index: s.past.total(s.report) for s in self.shards.values()}
+        return {index: n for index, n in lost.items() if n.contributions}
+
+    def non_finite(self) -> Counter[int]:
+        """Contributions to chunks with NaN or Inf, by the slot they came from."""
+        total: Counter[int] = Counter()
+        for shard in self.shards.values():
+            total.update(shard.past.non_finite)
+            total.update(non_finite_of(shard.report))
+        return total
+
+    def clock_gap_max(self) -> int:
+        """The largest gap between two workers' clocks that a shard has seen."""
+        gaps = [max(s.past.clock_gap_max, int(s.report.get("clock_gap_max", 0))) for s in self.shards.values()]
+        return max(gaps, default=0)
+
+    def recovering(self) -> list[ShardEntry]:
+        """Shards that have died, and that workers cannot speak to yet."""
+        return [s for s in self.shards.values() if s.recovers and not s.serves]
+
+    def away(self) -> list[ShardEntry]:
+        """These, and those that a backup takes over."""
+        return [s for s in self.shards.values() if s.away]
 
     def clock(self) -> int:
         """The largest clock that a worker has reported."""
@@ -213,31 +341,34 @@ class Training:
     # ------------------------------------------------------------ shards
 
     def _from_shard(self, peer: Peer, message: m.FromShard | m.SnapshotPart, effects: list[TrainingEffect]) -> None:
-        shard = self.shards.get(message.shard)
-        if shard is None or message.job != self.facts.job:
+        count = self.facts.shards
+        if not 0 <= message.shard < count * self.facts.replication or message.job != self.facts.job:
             raise ProtocolError(f"there is no server/{message.shard} of {message.job} here")
-        if message.shard_epoch != self.facts.shard_epoch:
-            return  # of a process that is being ended
+        shard, backup = self.shards[message.shard % count], self.backups.get(message.shard % count)
+        if backup is not None and (backup.process, backup.epoch) == (message.shard, message.shard_epoch):
+            self._from_backup(shard, backup, peer, message, effects)
+            return
+        if (message.shard, message.shard_epoch) != (shard.process, shard.epoch):
+            return  # of a process that is being ended, or has ended
+        message = replace(message, shard=shard.index)
         shard.peer = peer
         match message:
             case m.RegisterShard():
                 shard.address, shard.pid = message.address, message.pid
-                if self.model is not None:
-                    effects.append(Send(peer, m.SetUpShard(self.model.to_wire(), self.facts.resume)))
+                effects.extend(self._set_up(shard))
             case m.ShardReady():
-                if message.error:
-                    self.setup_error = self.setup_error or f"server/{message.shard}: {message.error}"
-                else:
-                    shard.ready = True
-                self._welcome(effects)
+                self._heard(shard, effects, ready=not message.error, error=message.error)
+                effects.extend(introduce(shard, backup))
+            case m.Promoted():
+                self._promoted(shard, message.term, message.error, effects)
             case m.ShardReport():
                 self._report(shard, message.document, effects)
             case m.MembersSet():
-                shard.members = max(shard.members, message.version)
-                self._welcome(effects)
+                self._heard(shard, effects, members=message.version)
             case m.SnapshotTaken():
                 if not message.error:
                     check_snapshot(message.document, message.shard)
+                    shard.past.cut(message.snapshot, message.document, shard.report)
                 if self._round is not None and (outcome := self._round.taken(message)) is not None:
                     self._round = None
                     if isinstance(outcome, SnapshotFailed):
@@ -251,24 +382,104 @@ class Training:
                 reason = f"snapshot {message.snapshot} is not wanted any more"
                 effects.append(Send(peer, m.Refused(message.request, Refusal.CHECKPOINT.value, reason)))
 
+    def _set_up(self, shard: ShardEntry) -> list[TrainingEffect]:
+        """Tell a shard what to hold, once that is known; one that comes back, who the members are as well."""
+        if self.model is None or not shard.peer or (shard.recovers and not shard.checkpoint):
+            return []
+        effects: list[TrainingEffect] = []
+        model, facts = self.model.to_wire(), self.facts
+        if shard.recovers:
+            left = tuple(n for numbers in self._left for n in numbers)
+            set_up = m.SetUpShard(model, self._folder(shard.checkpoint), True, facts.clock, left)
+        else:
+            set_up = m.SetUpShard(model, facts.resume)
+        effects.append(Send(shard.peer, set_up))
+        if shard.recovers and not shard.since:
+            shard.since = self._version + 1
+            self._set_members(effects)
+        return effects
+
+    def _heard(
+        self, shard: ShardEntry, effects: list[TrainingEffect], ready: bool = False, error: str = "", members: int = 0
+    ) -> None:
+        """A shard has said how far it is, in an answer or a report."""
+        served, had = shard.serves, (shard.ready, shard.members)
+        if error and not shard.ready:
+            if shard.recovers:
+                shard.error = error
+            else:
+                self.setup_error = self.setup_error or f"{self.name_of(shard.process)}: {error}"
+        shard.ready = shard.ready or ready
+        shard.members = max(shard.members, members)
+        if shard.moved and shard.serves and not served:
+            moved = m.ShardMoved(shard.index, shard.term, shard.address)
+            effects.extend(Send(w.peer, moved) for w in self.workers.values() if w.answered and not w.gone and w.peer)
+        if error or had != (shard.ready, shard.members):
+            self._welcome(effects)
+
+    def _moved_since(self, worker: Worker, known: tuple[int, ...], effects: list[TrainingEffect]) -> None:
+        """What a worker has not learned of shards that have come back."""
+        for shard, epoch in zip(self.shards.values(), known, strict=False):
+            if shard.moved and shard.serves and epoch < shard.term and worker.answered and not worker.gone:
+                effects.append(Send(worker.peer, m.ShardMoved(shard.index, shard.term, shard.address)))
+
     def _report(self, shard: ShardEntry, report: dict[str, Any], effects: list[TrainingEffect]) -> None:
         check_report(report)
+        replica = report.get("replica", {})
+        if shard.promoting:
+            if replica.get("role") == "leader":
+                self._promoted(shard, replica.get("term", -1), "", effects)
+            effects.extend(ask_again(shard))
+        shard.replica = replica
         shard.report = report
         shard.reports += self.begun
         if not shard.address:
             shard.address, shard.pid = str(report.get("address", "")), int(report.get("pid", 0))
-        if report.get("error") and not shard.ready:
-            self.setup_error = self.setup_error or f"server/{shard.index}: {report['error']}"
-            self._welcome(effects)
-        elif report.get("ready") and not shard.ready:
-            shard.ready = True
-            self._welcome(effects)
-        in_force = report.get("members", shard.members)
-        if type(in_force) is int and in_force > shard.members:
-            shard.members = in_force
-            self._welcome(effects)
-        elif shard.members < self._version and shard.ready:
+        in_force = report.get("members", 0)
+        error = str(report.get("error") or "")
+        self._heard(shard, effects, ready=bool(report.get("ready")), error=error, members=in_force)
+        if shard.members < self._version and shard.ready and not shard.promoting:
             effects.append(Send(shard.peer, self._members_message()))
+        effects.extend(introduce(shard, self.backups.get(shard.index)))
+
+    def _from_backup(
+        self,
+        shard: ShardEntry,
+        backup: Backup,
+        peer: Peer,
+        message: m.FromShard | m.SnapshotPart,
+        effects: list[TrainingEffect],
+    ) -> None:
+        backup.peer = peer
+        match message:
+            case m.RegisterShard():
+                backup.address, backup.pid = message.address, message.pid
+                if self.model is not None:
+                    effects.append(Send(peer, m.SetUpShard(self.model.to_wire(), "")))
+            case m.ShardReady():
+                backup.ready, backup.error = not message.error, message.error
+            case m.ShardReport():
+                check_report(message.document)
+                backup.replica = message.document.get("replica", {})
+                backup.ready = backup.ready or bool(message.document.get("ready"))
+                if not backup.address:
+                    backup.address = str(message.document.get("address", ""))
+                    backup.pid = int(message.document.get("pid", 0))
+                if caught_up(shard, backup):
+                    effects.append(LogRow({"backup": self.name_of(backup.process), "term": shard.term}))
+                    self._welcome(effects)
+        effects.extend(introduce(shard, backup))
+
+    def _promoted(self, shard: ShardEntry, term: int, error: str, effects: list[TrainingEffect]) -> None:
+        """A process that has followed leads now, or says why not; the workers hear of it once it has the members."""
+        if not shard.promoting or (error == "" and term != shard.term):
+            return
+        if error:
+            shard.error = error
+            return
+        shard.promoting, shard.since = False, self._version + 1
+        self._set_members(effects)
+        effects.extend(introduce(shard, self.backups.get(shard.index)))
 
     # ------------------------------------------------------------ workers join
 
@@ -306,8 +517,9 @@ class Training:
         if self.model is None and message.slot == 0:
             self.model = model
             for shard in self.shards.values():
-                if shard.peer:
-                    effects.append(Send(shard.peer, m.SetUpShard(message.model, self.facts.resume)))
+                effects.extend(self._set_up(shard))
+            set_up = m.SetUpShard(model.to_wire(), "")
+            effects.extend(Send(b.peer, set_up) for b in self.backups.values() if b.peer)
         self._welcome(effects)
 
     def _welcome(self, effects: list[TrainingEffect]) -> None:
@@ -320,22 +532,29 @@ class Training:
                 self._refuse(slot, Refusal.MODEL_DIFFERS, difference, effects)
             elif self.setup_error:
                 self._refuse(slot, Refusal.CHECKPOINT, self.setup_error, effects)
-        if not all(s.ready for s in self.shards.values()):
+        if not all(s.serves for s in self.shards.values()):
             return
         if not self.begun:
-            if all(w.pid or w.gone for w in self.workers.values()):
+            protected = self.without_backups or all(b.promotable for b in self.backups.values())
+            if protected and all(w.pid or w.gone for w in self.workers.values()):
                 self.begun = True
                 facts = self.facts
                 offset = facts.done[0][1] if facts.done and facts.done[0][0] == 0 and facts.mode.synchronous else 0
                 for slot in list(self._waiting):
                     self._let_in(slot, bool(facts.resume), facts.clock, (facts.epoch, offset), effects)
             return
-        if self._waiting and (not self.facts.mode.synchronous or not self.live()):
-            self._count_joiners(effects)  # sync: nobody is left whose next pass they could wait for
+        if self._waiting and (not self.facts.mode.synchronous or not self._at_work()):
+            self._count(self._waiting, effects)  # sync: nobody is left whose next pass they could wait for
+        self._count([slot for slot in self._waiting if self.workers[slot].takes_over], effects)
         self._members_in_force(effects)
 
-    def _count_joiners(self, effects: list[TrainingEffect]) -> None:
-        joiners = {slot: self.workers[slot].epoch for slot in self._waiting}
+    def _at_work(self) -> bool:
+        """Whether anybody has a part in what the shards do now."""
+        return any((w.answered or w.takes_over) and not w.gone for w in self.workers.values())
+
+    def _count(self, slots: Collection[int], effects: list[TrainingEffect]) -> None:
+        """Workers that wait are members from now on, as they are."""
+        joiners = {slot: self.workers[slot].epoch for slot in slots}
         if not joiners.items() <= self._members.items():
             self._members.update(joiners)
             self._set_members(effects)
@@ -343,10 +562,11 @@ class Training:
     def _set_members(self, effects: list[TrainingEffect]) -> None:
         self._version += 1
         message = self._members_message()
-        effects.extend(Send(s.peer, message) for s in self.shards.values() if s.peer)
+        effects.extend(Send(s.peer, message) for s in self.shards.values() if s.peer and not s.promoting)
 
     def _members_message(self) -> m.SetMembers:
-        return m.SetMembers(self._version, tuple(n for pair in sorted(self._members.items()) for n in pair))
+        slots = tuple(n for pair in sorted(self._members.items()) for n in pair)
+        return m.SetMembers(self._version, slots, tuple(s for s in sorted(self._members) if self.workers[s].takes_over))
 
     def _members_in_force(self, effects: list[TrainingEffect]) -> None:
         """Once all shards know the members: let joiners in, and begin the passes that waited for it."""
@@ -358,14 +578,18 @@ class Training:
         clock, epoch = self.clock(), self.data_position()[0]
         if self.facts.mode.synchronous:
             begun = self._data.newest_split()
-            epoch = self.facts.epoch if begun is None else begun + (not self.live())
+            epoch = self.facts.epoch if begun is None else begun + (not self._at_work())
         for _, begin in self._passes.values():
             clock, epoch = max(clock, begin.clock), begin.epoch
         restored = all(s.report.get("initialised") for s in self.shards.values())
-        position = (epoch, 0, *self._data.epochs_of_others())
+        others = self._data.epochs_of_others()
         for slot in joining:
-            self._let_in(slot, restored, clock, position, effects)
-        if joining:
+            if self.workers[slot].takes_over:
+                then, *position_then = self.workers[slot].start
+                self._let_in(slot, restored, then, (*position_then, *others), effects)
+            else:
+                self._let_in(slot, restored, clock, (epoch, 0, *others), effects)
+        if joining and tuple(sorted(self._members)) != self._told:
             self._tell_members(effects)
         waiting, self._passes = self._passes, {}
         for peer, begin in waiting.values():
@@ -376,11 +600,14 @@ class Training:
     ) -> None:
         worker = self.workers[slot]
         worker.answered = True
+        worker.start = (clock, *position[:2])
         del self._waiting[slot]
-        addresses = tuple(self.shards[i].address for i in range(self.facts.shards))
         slots = tuple(sorted(self._members))
-        welcome = m.Welcome(worker.request, addresses, restored, clock, position, slots)
+        welcome = m.Welcome(worker.request, self._addresses(), restored, clock, position, slots, worker.takes_over)
         self._answer(worker, worker.peer, welcome, effects)
+
+    def _addresses(self) -> tuple[str, ...]:
+        return tuple(self.shards[i].address for i in range(self.facts.shards))
 
     def _refuse(self, slot: int, code: Refusal, reason: str, effects: list[TrainingEffect]) -> None:
         worker = self.workers[slot]
@@ -415,9 +642,12 @@ class Training:
                 self.latest.update(numbers)
                 effects.append(LogRow({**numbers, "worker": message.slot, "clock": message.clock}))
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
+            case m.EnterBarrier() if worker.takes_over and worker.begun < 0 <= worker.former:
+                # It comes through the beginning of the script, where all have been together before.
+                self._answer(worker, peer, m.Ack(message.request, 0), effects)
             case m.EnterBarrier():
                 worker.answers[message.request] = None
-                self._barriers.setdefault(message.name, {})[message.slot] = (peer, message.request)
+                self._barriers.enter(message.name, message.slot, peer, message.request)
                 self._release_barriers(effects)
             case m.BeginPass():
                 self._begin_pass(worker, peer, message, effects)
@@ -425,7 +655,11 @@ class Training:
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
                 worker.drained, worker.finished = message.drained, not message.drained
                 self.torn += max(0, message.torn)
+                if message.done >= 0:
+                    self._left.append((message.slot, message.worker_epoch, message.first, message.done))
                 self.worker_gone(message.slot, effects, done=not message.drained)
+                if any(s.recovers for s in self.shards.values()):
+                    self._set_members(effects)  # one that has come back may not know that it left
             case _:
                 raise ProtocolError(f"the coordinator does not take {type(message).__name__}")
 
@@ -439,9 +673,12 @@ class Training:
             part = (len(slots), slots.index(begin.slot)) if begin.slot in slots else (0, 0)
             self._answer(worker, peer, m.PassBegins(begin.request, *part), effects)
             return
+        if begin.loader == 0 and begin.epoch > worker.begun:
+            worker.begun = begin.epoch
+            self._release_barriers(effects)
         fresh = begin.loader == 0 and (0, begin.epoch) not in self._data.splits
         if fresh and self._waiting:
-            self._count_joiners(effects)
+            self._count(self._waiting, effects)
         if fresh and any(s.members < self._version for s in self.shards.values()):
             worker.answers[begin.request] = None
             self._passes[begin.slot] = (peer, begin)
@@ -457,12 +694,14 @@ class Training:
         self._answer(worker, peer, m.PassBegins(begin.request, workers, index), effects)
 
     def _release_barriers(self, effects: list[TrainingEffect]) -> None:
-        live = {w.slot for w in self.workers.values() if not w.gone and (w.answered or not self.begun)}
-        for name, entered in list(self._barriers.items()):
-            if live <= set(entered):
-                for slot, (peer, request) in entered.items():
-                    self._answer(self.workers[slot], peer, m.Ack(request, 0), effects)
-                del self._barriers[name]
+        live = {w.slot for w in self.workers.values() if not w.gone and (w.answered or w.takes_over or not self.begun)}
+        for slot, (peer, request) in self._barriers.opened(live, self._past):
+            self._answer(self.workers[slot], peer, m.Ack(request, 0), effects)
+
+    def _past(self, slot: int, entered: Collection[int]) -> bool:
+        """Whether a worker that has taken over has begun behind a barrier: it is in a later pass than those in it."""
+        worker = self.workers[slot]
+        return worker.takes_over and worker.begun > max((self.workers[s].begun for s in entered), default=worker.begun)
 
     def _answer(self, worker: Worker, peer: Peer, answer: Any, effects: list[TrainingEffect]) -> None:
         worker.answers[answer.request] = answer
@@ -473,10 +712,14 @@ class Training:
     def _again(self, worker: Worker, peer: Peer, message: m.WorkerRequest, effects: list[TrainingEffect]) -> None:
         """A repeat: the same answer, or, while there is none yet, a new address for it."""
         answer = worker.answers[message.request]
+        if isinstance(answer, m.Welcome):
+            if not all(s.serves for s in self.shards.values()):
+                return  # it will ask again
+            answer = replace(answer, shards=self._addresses())  # a shard may have moved since
         if answer is not None:
             effects.append(Send(peer, answer))
-        elif isinstance(message, m.EnterBarrier) and message.slot in self._barriers.get(message.name, {}):
-            self._barriers[message.name][message.slot] = (peer, message.request)
+        elif isinstance(message, m.EnterBarrier):
+            self._barriers.asked_again(message.name, message.slot, peer, message.request)
         elif isinstance(message, m.BeginPass) and message.slot in self._passes:
             self._passes[message.slot] = (peer, message)
 
@@ -516,13 +759,15 @@ class Training:
             "facts": self.facts.document(),
             "workers": [w.document() for w in self.workers.values()],
             "shards": [s.document() for s in self.shards.values()],
+            "backups": [[index, b.document()] for index, b in self.backups.items()],
+            "without_backups": self.without_backups,
             "failures": [asdict(f) for f in self.failures],
             "setup_error": self.setup_error,
             "latest": self.latest,
             "torn": self.torn,
             "begun": self.begun,
             "data": self._data.document(),
-            "barriers": [[name, [[s, r] for s, (_, r) in e.items()]] for name, e in self._barriers.items()],
+            "barriers": self._barriers.document(),
             "passes": [asdict(begin) for _, begin in self._passes.values()],
             "version": self._version,
             "members": list(self._members.items()),
@@ -530,23 +775,29 @@ class Training:
             "margin": self._margin,
             "clock": self._clock,
             "former": [asdict(p) for p in self.former],
+            "left": self._left,
         }
 
     @classmethod
-    def from_document(cls, document: dict[str, Any], model: ModelSpec | None) -> Training:
+    def from_document(
+        cls, document: dict[str, Any], model: ModelSpec | None, folder: Callable[[int], str] = str
+    ) -> Training:
         """The inverse of :meth:`document`. Workers that waited for a welcome will ask again."""
-        self = cls(JobFacts.from_document(document["facts"]))
+        self = cls(JobFacts.from_document(document["facts"]), folder)
         self.model = model
         self.workers = {d["slot"]: Worker.from_document(d) for d in document["workers"]}
-        self.shards = {d[0]: ShardEntry.from_document(d) for d in document["shards"]}
+        self.shards = {d["index"]: ShardEntry.from_document(d) for d in document["shards"]}
+        self.backups = {index: Backup(**d) for index, d in document["backups"]}
+        self.without_backups = document["without_backups"]
         self.failures = [m.ReportFailure(**f) for f in document["failures"]]
         self.setup_error, self.latest = document["setup_error"], document["latest"]
         self.torn, self.begun = document["torn"], document["begun"]
         self._data = DataState.from_document(document["data"])
-        self._barriers = {name: {s: (b"", r) for s, r in entered} for name, entered in document["barriers"]}
+        self._barriers = Barriers.from_document(document["barriers"])
         self._passes = {b["slot"]: (b"", m.BeginPass(**b)) for b in document["passes"]}
         self._version, self._members = document["version"], dict(document["members"])
         self._told = tuple(document["told"])
         self._margin, self._clock = document["margin"], document["clock"]
-        self.former = [m.Progress(**p) for p in document["former"]]
+        self.former = [progress_from(p) for p in document["former"]]
+        self._left = [(slot, epoch, first, done) for slot, epoch, first, done in document["left"]]
         return self

@@ -17,7 +17,7 @@ from downpour_common.layout import ModelSpec
 from downpour_common.modes import parse_mode
 from downpour_coordinator.cluster import Cluster, ForJob, JobRecord, record_document, record_from
 from downpour_coordinator.cluster import Effect as ClusterEffect
-from downpour_coordinator.effects import Export, FindCheckpoint, ForgetSnapshot, Prune
+from downpour_coordinator.effects import Export, FindCheckpoint, FindShardCheckpoint, ForgetSnapshot, Prune
 from downpour_coordinator.facts import facts_for
 from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.processes import Key, Process
@@ -50,6 +50,7 @@ class Job:
         self.facts = JobFacts(JOB, workers, shards, parse_mode(mode), 7, 1024, **facts)
         self.state = Training(self.facts)
         self.epochs: Counter[int] = Counter()
+        self.shard_epochs: Counter[int] = Counter()
         self.sent: dict[bytes, list[m.Message]] = {}
         self.outcomes: list[CommitSnapshot | SnapshotFailed] = []
         self.rows: list[dict[str, Any]] = []
@@ -106,25 +107,27 @@ class Job:
 
     def register_shard(self, index: int) -> None:
         """A shard process is up."""
-        self.say(b"shard %d" % index, m.RegisterShard(JOB, index, 0, 100 + index, f"address-{index}"))
+        epoch = self.shard_epochs[index]
+        address = f"address-{index}" + (f".{epoch}" if epoch else "")
+        self.say(b"shard %d" % index, m.RegisterShard(JOB, index, epoch, 100 + index, address))
 
     def shard_ready(self, index: int, error: str = "") -> None:
         """A shard holds its chunks, or not."""
-        self.say(b"shard %d" % index, m.ShardReady(JOB, index, 0, error))
+        self.say(b"shard %d" % index, m.ShardReady(JOB, index, self.shard_epochs[index], error))
 
     def report(self, index: int, **document: Any) -> None:
         """A shard's counters."""
-        self.say(b"shard %d" % index, m.ShardReport(JOB, index, 0, document))
+        self.say(b"shard %d" % index, m.ShardReport(JOB, index, self.shard_epochs[index], document))
 
     def members_set(self, version: int, *indices: int) -> None:
         """Shards have the members of this version in force."""
         for index in indices or range(self.shards):
-            self.say(b"shard %d" % index, m.MembersSet(JOB, index, 0, version))
+            self.say(b"shard %d" % index, m.MembersSet(JOB, index, self.shard_epochs[index], version))
 
     def taken(self, shard: int, snapshot: int = 1, error: str = "", **document: Any) -> None:
         """A shard's answer to a snapshot."""
         found = {} if error else shard_entry(shard, **document)
-        self.say(b"shard %d" % shard, m.SnapshotTaken(JOB, shard, 0, snapshot, error, found))
+        self.say(b"shard %d" % shard, m.SnapshotTaken(JOB, shard, self.shard_epochs[shard], snapshot, error, found))
 
     # ------------------------------------------------------------ workers
 
@@ -153,6 +156,16 @@ class Job:
             self.carry_out(self.state.worker_lost(slot))
             self.epochs[slot] += 1
         self.state.expect(slot, self.epochs[slot])
+
+    def taken_over(self, slot: int) -> None:
+        """The worker of ``slot`` has died in a round; another is expected to go on there."""
+        self.epochs[slot] += 1
+        self.state.take_over(slot, self.epochs[slot])
+
+    def shard_dies(self, index: int) -> None:
+        """A shard is lost; another is expected to come back in its place."""
+        self.shard_epochs[index] += 1
+        self.state.shard_lost(index, self.shard_epochs[index])
 
     def lease(self, slot: int, epoch: int = 0, total: int = 32, unit: int = 4, **fields: Any) -> m.Message:
         """Take a lease; the answer."""
@@ -226,6 +239,7 @@ class World:
         self.told: dict[Key, list[m.Message]] = {}
         self.committed: list[int] = []
         self.dropped: list[int] = []
+        self.damaged: set[int] = set()
         self.exported = ""
         self.disk_full = ""
         self.slow = False
@@ -272,8 +286,8 @@ class World:
         if key in self.deaf:
             return
         if role == "server":
-            epoch = self.life.training.facts.shard_epoch
-            self.hear(key, m.RegisterShard("job-1", index, epoch, 100 + index, f"address-{index}"))
+            epoch = self.running[key]
+            self.hear(key, m.RegisterShard("job-1", index, epoch, 100 + index, f"address-{index}.{epoch}"))
         elif self.prepares:
             self.hear(key, m.RegisterWorker(self.number(), *self.me(index), 200 + index, MODEL.to_wire()))
 
@@ -352,10 +366,9 @@ class World:
                 continue
             if role == "server":
                 shard = self.life.training.shards[index]
-                facts = self.life.training.facts
                 told = [t for t in self.told.get((role, index), []) if isinstance(t, m.SetMembers)]
                 report = {"ready": shard.ready, "members": told[-1].version if told else 0, "initialised": True}
-                self.hear((role, index), m.ShardReport("job-1", index, facts.shard_epoch, report))
+                self.hear((role, index), m.ShardReport("job-1", index, epoch, report))
                 if not shard.ready:
                     self._join((role, index))
             elif (worker := self.life.training.workers[index]).epoch == epoch and not worker.gone:
@@ -407,7 +420,7 @@ class World:
                     self._heard(key, message)
 
     def _heard(self, key: Key, message: m.Message) -> None:
-        me = ("job-1", key[1], self.life.training.facts.shard_epoch)
+        me = ("job-1", key[1], self.running[key])
         match message:
             case m.SetUpShard():
                 self.hear(key, m.ShardReady(*me, ""))
@@ -460,6 +473,11 @@ class World:
                 if self.committed:
                     facts = replace(facts, resume=life.checkpoints.folder(self.committed[-1]), clock=5)
                 self._do(life.checkpoint_found(facts, now_s))
+            case FindShardCheckpoint(after, shards):
+                sound = [n for n in self.committed if n > after and n not in self.damaged]
+                number = max(sound, default=0)
+                skipped = tuple(f"{n} is damaged" for n in self.committed if n > number)
+                self._do(life.shard_checkpoint_found(number, shards, skipped, now_s))
 
     def process(self, role: str, index: int) -> Process:
         """What the lifecycle knows of a process."""
@@ -641,6 +659,9 @@ class Hosts:
                     self._for_job(life, life.exported("model.safetensors", "", self.now_s))
                 case FindCheckpoint():
                     self._for_job(life, life.checkpoint_found(facts_for(life.job, life.spec, None, ""), self.now_s))
+                case FindShardCheckpoint(_, shards):
+                    number = life.checkpoints.committed
+                    self._for_job(life, life.shard_checkpoint_found(number, shards, (), self.now_s))
 
     def say(self, peer: bytes, message: m.Message) -> None:
         """A process of a job says something."""
@@ -651,16 +672,16 @@ class Hosts:
         job, training = record.job, record.life.training
         for index in training.shards:
             peer = f"{job} server/{index}".encode()
-            self.say(peer, m.RegisterShard(job, index, training.facts.shard_epoch, 1, f"address-{index}"))
+            self.say(peer, m.RegisterShard(job, index, training.shards[index].epoch, 1, f"address-{index}"))
         for slot, worker in training.workers.items():
             if not worker.answered:
                 register = m.RegisterWorker(self.number(), job, slot, worker.epoch, 2, MODEL.to_wire())
                 self.say(f"{job} worker/{slot}".encode(), register)
         for index in training.shards:
             peer = f"{job} server/{index}".encode()
-            self.say(peer, m.ShardReady(job, index, training.facts.shard_epoch, ""))
+            self.say(peer, m.ShardReady(job, index, training.shards[index].epoch, ""))
             members = training.document()["version"]
-            self.say(peer, m.MembersSet(job, index, training.facts.shard_epoch, members))
+            self.say(peer, m.MembersSet(job, index, training.shards[index].epoch, members))
 
     def restarted(self) -> None:
         """The coordinator is killed and started again: only what it had written down is left."""

@@ -14,6 +14,7 @@ from downpour_common.keys import ServerKeys
 from downpour_common.messages import (
     Ack,
     CancelJob,
+    CheckpointNow,
     DescribeJob,
     Document,
     DrainNode,
@@ -92,6 +93,8 @@ class FakeCoordinator:
     def __init__(self, *jobs: Document) -> None:
         self.jobs = {str(document["job"]): document for document in jobs}
         self.nodes: list[Document] = []
+        self.wishes: list[Document] = []
+        """what is answered to wishes for checkpoints, in turn; the last one for ever"""
         self.files: dict[str, bytes] = {}
         self.bundles: dict[str, bytearray] = {}
         self.heard: list[Message] = []
@@ -132,6 +135,8 @@ class FakeCoordinator:
                 data = self.files[message.path]
                 part = data[message.offset : message.offset + message.length]
                 return FileData(number, len(data), message.offset, part)
+            case CheckpointNow():
+                return Reply(number, self.wishes.pop(0) if len(self.wishes) > 1 else self.wishes[0])
             case DescribeJob() | CancelJob() | ScaleJob() | ListFiles():
                 return self._about(message)
         raise AssertionError(message)

@@ -30,10 +30,10 @@ TYPES = sorted(
 AGENT = {"Heartbeat", "LogData", "NodeLeaving", "Ping", "ProcessEnded", "RegisterNode"}
 USER = {
     "CancelJob", "DescribeJob", "DrainNode", "GetFile", "ListFiles", "ListJobs", "ListNodes", "Ping", "PutBundle",
-    "ScaleJob", "SubmitJob",
+    "CheckpointNow", "ScaleJob", "SubmitJob",
 }  # fmt: skip
 PROCESS = {
-    "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "RegisterShard", "RegisterWorker",
+    "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted", "RegisterShard", "RegisterWorker",
     "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken", "TakeLease",
 }  # fmt: skip
 TABLE = {

@@ -16,7 +16,7 @@ from downpour_common.messages import Refusal
 from downpour_coordinator.cluster import Cluster, JobKeys, JobRecord
 from downpour_coordinator.describe import job_document, node_document
 from downpour_coordinator.effects import Send
-from downpour_coordinator.lifecycle import Phase
+from downpour_coordinator.lifecycle import NO_PLACE_S, Phase
 
 
 def small(**fields: Any) -> Hosts:
@@ -446,14 +446,14 @@ def test_jobs_wait_in_their_order_and_nobody_overtakes() -> None:
 def test_a_job_that_begins_again_goes_before_the_queue() -> None:
     hosts = small()
     first = running(hosts, workers=3, restarts=1, mode="sync")
-    hosts.agents["w1"].silent = True
+    hosts.agents["s1"].silent = True
     hosts.wait(hosts.node_timeout_s + 6.0)
     assert (first.life.state, first.life.phase) == ("RESTARTING", Phase.QUEUED)
     little = hosts.submit(workers=1)
     assert little.message == f"waiting for its turn behind {first.job}"
     positions = [job_document(hosts.cluster, r, hosts.now_s)["position"] for r in (first, little)]
     assert positions == [1, 2]
-    hosts.agents["w1"].silent = False
+    hosts.agents["s1"].silent = False
     hosts.wait(2.0)
     assert (first.life.phase, little.life.phase) == (Phase.STARTING, Phase.STARTING)
 
@@ -463,6 +463,9 @@ def test_a_job_that_begins_again_makes_do_with_fewer() -> None:
     record = running(hosts, workers=4, min_workers=2, restarts=1, mode="sync")
     hosts.agents["w1"].silent = True
     hosts.wait(hosts.node_timeout_s + 6.0)
+    assert (record.life.restarts, record.life.phase) == (1, Phase.TRAINING), "others are wanted, who take over"
+    assert [p.name for p in record.life.pending()] == ["worker/0", "worker/2"]
+    hosts.wait(NO_PLACE_S + 6.0)
     assert (record.life.restarts, record.life.phase) == (1, Phase.STARTING)
     assert sorted(where(record)) == ["server/0", "worker/0", "worker/1"]
     hosts.join(record)

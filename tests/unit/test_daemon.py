@@ -360,7 +360,7 @@ def test_a_dry_run_leaves_nothing_behind(desk: Desk) -> None:
 
 def test_a_job_goes_on_from_anothers_checkpoint(desk: Desk) -> None:
     job = desk.started(workers=1)
-    for name, code in [("nothing", Refusal.UNKNOWN), (job, Refusal.CHECKPOINT)]:
+    for name, code in [("nothing", Refusal.UNKNOWN), (job, Refusal.CHECKPOINT), ("s3://x", Refusal.CHECKPOINT)]:
         assert refused(desk.ask(ALICE, desk.submission(token="b" * 32, workers=1, resume=name)))[0] == code
     _checkpoint(desk, job, 3)
     _checkpoint(desk, job, 4)
@@ -381,15 +381,19 @@ def test_a_job_goes_on_from_anothers_checkpoint(desk: Desk) -> None:
 
 
 def _checkpoint(desk: Desk, job: str, number: int) -> None:
+    from downpour_common.layout import plan
+    from downpour_common.tensorfile import TensorHead, write_tensors
     from downpour_coordinator import checkpoints
 
     folder = Path(desk.files.job(job)) / f"checkpoints/{number:06d}"
     folder.mkdir(parents=True)
-    (folder / "shard-0.safetensors").write_bytes(b"weights")
+    chunk = plan(MODEL, 1, 1 << 20).chunks[0]
+    file = folder / "shard-0.safetensors"
+    digest = write_tensors(str(file), [TensorHead("0.weights", chunk.dtype, (chunk.numel,))], [bytes(chunk.nbytes)])
     entry = {
         **shard_entry(0),
-        "bytes": 7,
-        "sha256": hashlib.sha256(b"weights").hexdigest(),
+        "bytes": file.stat().st_size,
+        "sha256": digest,
         "chunks": {"0": {}},
     }
     manifest = {
@@ -403,6 +407,41 @@ def _checkpoint(desk: Desk, job: str, number: int) -> None:
         "data": {"epoch": 2, "done": [[0, 8]]},
     }
     checkpoints.commit(str(folder), manifest)
+
+
+def test_a_user_has_a_checkpoint_made(desk: Desk) -> None:
+    job = desk.running()
+    found = reply(desk.ask(ALICE, m.CheckpointNow(desk.number(), job, "t" * 32)))
+    assert (found["job"], found["state"], found["number"]) == (job, "waiting", 0)
+    desk.tick()
+    assert len(desk.heard(b"shard", m.TakeSnapshot)) == 1
+    assert reply(desk.ask(ALICE, m.CheckpointNow(desk.number(), job, "t" * 32)))["state"] == "writing"
+    long = desk.ask(ALICE, m.CheckpointNow(desk.number(), job, "t" * 1000))
+    assert refused(long)[0] == Refusal.UNUSABLE
+    assert refused(desk.ask(ALICE, m.CheckpointNow(desk.number(), "nothing", "t")))[0] == Refusal.UNKNOWN
+    other = desk.submit(token="b" * 32, workers=1)["job"]
+    assert "only a running job" in refused(desk.ask(ALICE, m.CheckpointNow(desk.number(), other, "t")))[1]
+
+
+@pytest.mark.parametrize(
+    ("url", "fine"),
+    [
+        ("file:///copies/a", True),
+        ("file:///copies", True),
+        ("file:///copies-of-others", False),
+        ("file:///etc", False),
+        ("memory://x", False),
+    ],
+)
+def test_copies_go_where_the_administrator_says(desk: Desk, url: str, fine: bool) -> None:
+    desk.agents()
+    desk.upload()
+    desk.daemon._copies_to = ("file:///copies",)
+    answer = desk.ask(ALICE, desk.submission(settings={"checkpoint_url": url}, dry_run=True))
+    if fine:
+        reply(answer)
+    else:
+        assert "this coordinator copies checkpoints to file:///copies" in refused(answer)[1]
 
 
 # ---------------------------------------------------------------- what users ask
@@ -553,7 +592,8 @@ def test_a_checkpoint_is_uploaded_and_committed(desk: Desk) -> None:
         await asyncio.gather(*desk.daemon._working)
         await asyncio.sleep(0)
         document = reply(desk.ask(ALICE, m.DescribeJob(desk.number(), job)))
-        assert (document["checkpoints"], document["degraded"]) == ([1], "")
+        assert document["checkpoints"] == [1]
+        assert "checkpoint" not in document["degraded"]
         late = m.SnapshotPart(desk.number(), job, 0, 0, 1, "shard-0.safetensors", 7, b"more")
         assert refused(desk.ask(user, late, b"shard"))[0] == Refusal.CHECKPOINT
         desk.killed()

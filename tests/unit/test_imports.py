@@ -36,6 +36,8 @@ STATE_MACHINES = [
     "downpour_server/policy/*.py",
     "downpour_server/rules/*.py",
     "downpour_server/upload.py",
+    "downpour_server/replica.py",
+    "downpour_server/state.py",
     "downpour_coordinator/access.py",
     "downpour_coordinator/checkpointing.py",
     "downpour_coordinator/cluster.py",

@@ -15,11 +15,11 @@ from downpour_coordinator.lifecycle import (
     CANCEL_GRACE_S,
     CLOSE_S,
     KEEP_S,
-    LONGEST_BACKOFF_S,
     RETRY_S,
     Lifecycle,
     Phase,
 )
+from downpour_coordinator.recovery import LONG_S, LONGEST_BACKOFF_S
 
 MODES = ["async", "ssp:2", "sync"]
 modes = pytest.mark.parametrize("mode", MODES)
@@ -204,14 +204,15 @@ def test_the_time_to_start_begins_when_all_have_a_place() -> None:
 
 
 def test_a_result_that_cannot_be_written() -> None:
-    world = World(restarts=3).start()
+    world = World(restarts=3)
     world.disk_full = "No space left on device"
+    world.start()
     world.leave(0)
     world.leave(1)
     failure = _fails(world)
     assert (failure.reason, failure.exit_code) == ("RESULT_NOT_WRITTEN", 74)
     assert "No space left on device" in failure.message
-    assert world.dropped == [1]
+    assert world.dropped == [1, 2], "the one of the beginning, and the last"
 
 
 def test_an_export_that_fails() -> None:
@@ -290,13 +291,16 @@ def test_a_lost_request_is_repeated_even_if_checkpoints_are_wanted_every_second(
 def test_a_checkpoint_that_fails_makes_the_job_degraded_until_one_succeeds() -> None:
     world = World().start()
     world.disk_full = "No space left on device"
-    world.wait(20.0)
+    world.wait(10.0)
+    world.speak()
+    world.wait(10.0)
     assert (world.life.degraded, world.dropped) == ("", [1]), "that may happen once"
     world.wait(3 * RETRY_S)
     assert "No space left on device" in world.life.degraded
     assert world.life.state == "RUNNING"
     assert 3 < len(world.dropped) < 12, "it is tried again, less and less often"
     world.disk_full = ""
+    world.speak()
     world.wait(RETRY_S + 1.0)
     assert (world.life.degraded, world.committed) == ("", [world.dropped[-1] + 1])
 
@@ -506,20 +510,25 @@ def test_shards_that_do_not_end_by_themselves_are_ended() -> None:
 
 def test_a_job_begins_again_from_its_last_checkpoint() -> None:
     world = World(restarts=2, mode="sync").start()
-    world.wait(25.0)
+    world.wait(5.0)
     assert world.committed == [], "the shards' pace is not known yet"
     world.speak()
     world.speak()
     world.wait(2.0)
-    assert world.committed == [1]
+    assert world.committed == [1], "there is something to begin again from as soon as may be"
+    world.slow = True
     world.end(("server", 0), -9)
-    world.tick()
     assert world.life.state == "STOPPING"
-    world.wait_for(Phase.WAITING)
-    assert (world.life.state, world.life.reason, world.life.restarts) == ("RESTARTING", "PROCESS_KILLED", 1)
-    assert world.life.failure is None
+    for _ in range(3):
+        world.tick()
+        world.obey()
+    assert (world.phase, world.life.state, world.life.reason) == (Phase.WAITING, "RESTARTING", "PROCESS_KILLED")
+    assert (world.life.restarts, world.life.failure) == (1, None)
     assert world.life.training.begun is False
-    world.wait(2.0)
+    world.slow = False
+    world.work()
+    assert world.phase is Phase.QUEUED, "the first time it does not wait"
+    world.place()
     assert world.phase is Phase.TRAINING
     facts = world.life.training.facts
     assert (facts.resume, facts.clock, facts.shard_epoch) == ("checkpoints/000001", 5, 1)
@@ -538,27 +547,36 @@ def test_a_job_begins_again_from_its_last_checkpoint() -> None:
 
 
 def test_restarts_are_limited_and_wait_longer_each_time() -> None:
-    world = World(restarts=7).start()
+    world = World(restarts=7, mode="sync").start()
     waits = []
     for _ in range(7):
         world.end(("server", 0), -9)
-        world.wait_for(Phase.WAITING)
         since_s = world.now_s
         world.wait_for(Phase.TRAINING)
         waits.append(world.now_s - since_s)
         assert world.life.training.facts.shard_epoch == world.life.restarts == len(waits)
-    assert all(w == pytest.approx(e, abs=1.0) for w, e in zip(waits, [1, 2, 4, 8, 16, 32, 60], strict=True)), waits
-    assert waits[-1] <= LONGEST_BACKOFF_S + 1.0
+    assert all(w == pytest.approx(e, abs=1.5) for w, e in zip(waits, [0, 2, 4, 8, 16, 32, 60], strict=True)), waits
+    assert waits[-1] <= LONGEST_BACKOFF_S + 1.5
     world.end(("server", 0), -9)
     assert _fails(world).reason == "PROCESS_KILLED"
 
 
 def test_many_restarts_do_not_overflow() -> None:
-    world = World(restarts=100_000).start()
-    world.life.restarts = 50_000
+    world = World(restarts=100_000, mode="sync").start()
+    world.life.restarts = world.life._begun_again = 50_000
     world.end(("server", 0), -9)
     world.wait_for(Phase.WAITING)
     world.wait_for(Phase.TRAINING)
+
+
+def test_a_job_that_has_trained_for_long_begins_again_at_once() -> None:
+    world = World(restarts=3, mode="sync").start()
+    for _ in range(3):
+        world.wait(LONG_S + 1.0)
+        world.end(("server", 0), -9)
+        since_s = world.now_s
+        world.wait_for(Phase.TRAINING)
+        assert world.now_s - since_s < 1.5
 
 
 def test_a_job_that_failed_to_start_begins_again_too() -> None:
@@ -566,17 +584,19 @@ def test_a_job_that_failed_to_start_begins_again_too() -> None:
     world.prepares = False
     world.begin()
     world.end(("worker", 0), None, "lost with its host")
-    world.wait_for(Phase.WAITING)
     world.prepares = True
     world.wait_for(Phase.TRAINING)
     assert (world.life.state, world.life.reason) == ("RUNNING", "")
 
 
 def test_looking_for_a_checkpoint_is_repeated_and_counts_once() -> None:
-    world = World(restarts=1).start()
+    world = World(restarts=1, mode="sync").start()
     world.slow = True
     world.end(("server", 0), -9)
-    world.wait_for(Phase.WAITING)
+    for _ in range(3):
+        world.tick()
+        world.obey()
+    assert world.phase is Phase.WAITING
     for _ in range(8):
         world.tick(RETRY_S)
     assert len(world.held) > 3
@@ -587,8 +607,9 @@ def test_looking_for_a_checkpoint_is_repeated_and_counts_once() -> None:
 
 
 def test_stale_processes_of_before_are_not_heard() -> None:
-    world = World(restarts=1).start()
+    world = World(restarts=1, mode="sync").start()
     world.end(("server", 0), -9)
+    world.wait_for(Phase.LEAVING)
     world.wait_for(Phase.TRAINING)
     world._do(world.life.handle(b"old", m.ShardReport("job-1", 0, 0, {"staleness": {"7": 1}}), world.now_s))
     assert world.life.training.staleness() == {}
@@ -619,15 +640,6 @@ def test_the_last_worker_is_replaced_too() -> None:
     world.place()
     assert world.life.training.live() == [0]
     assert world.life.training.clock() == 40
-
-
-def test_in_sync_a_lost_worker_is_not_replaced_but_the_job_begins_again() -> None:
-    world = World(mode="sync", restarts=1).start()
-    world.end(("worker", 1), -9)
-    assert world.life.failure is not None
-    world.wait_for(Phase.WAITING)
-    world.wait_for(Phase.TRAINING)
-    assert world.life.restarts == 1
 
 
 @pytest.mark.parametrize("mode", ["async", "ssp:2"])

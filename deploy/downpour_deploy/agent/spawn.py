@@ -54,6 +54,8 @@ def process(host: Host, what: ProcessId, document: Document, folder: str) -> lau
             workers=int(document["workers"]),
             threads=int(document["threads"]) or _threads(host, what.role),
             folder=folder,
+            follows=bool(document.get("follows", False)),
+            term=int(document.get("term", -1)),
             keys=None if keys is None else dict(keys),
             environment=_environment(host, what.role, int(document["gpu"])),
         )

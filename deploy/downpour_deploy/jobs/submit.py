@@ -50,6 +50,14 @@ def submit(
         int | None,
         typer.Option("--restarts", metavar="N", help="How often what was lost is started again. [default: 0]"),
     ] = None,
+    replication: Annotated[
+        int | None,
+        typer.Option("--replication", min=1, max=2, metavar="1|2", help="2: a backup for each shard. [default: 1]"),
+    ] = None,
+    on_nan: Annotated[
+        str | None,
+        typer.Option("--on-nan", help="NaN or Inf in gradients: fail | skip | quarantine | rollback. [default: fail]"),
+    ] = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", metavar="K=V", help="A variable of the job's processes. Repeatable.")
     ] = None,
@@ -105,12 +113,14 @@ def submit(
             "name": name,
             "min_workers": min_workers,
             "restarts": restarts,
+            "replication": replication,
             "shard_memory": shard_memory,
             "folder": folder,
             "resume": resume,
         }
         where = cluster(join, keys, security, timeout)
         problems = list(where.problems())
+        settings = [*(settings or ()), f"on_nan={on_nan}"] if on_nan is not None else settings
         lists = {"settings": settings, "env": env, "worker_labels": worker_label, "server_labels": server_label}
         fields |= _parsed(lists, threads, problems)
         spec, sent_folder = describe(script, fields, tuple(problems))

@@ -104,10 +104,26 @@ def nodes_table(document: Document) -> list[str]:
 def _node_remark(node: Mapping[str, Any]) -> str:
     per_job: dict[str, list[str]] = {}
     for process in node.get("processes") or []:
-        per_job.setdefault(str(process.get("job")), []).append(f"{process.get('role')}/{process.get('index')}")
+        per_job.setdefault(str(process.get("job")), []).append(
+            str(process.get("name") or f"{process.get('role')}/{process.get('index')}")
+        )
     labels = [f"{key}={value}" for key, value in (node.get("labels") or {}).items()]
     parts = [str(node.get("message") or ""), " ".join(labels)]
     return "; ".join([p for p in parts if p] + [f"{job}: {', '.join(names)}" for job, names in per_job.items()])
+
+
+def _checkpointing(document: Mapping[str, Any]) -> str:
+    """``every 65 s (auto: one costs 0.15 s, a failure every 4:00:00), the last 12 s ago``, and where copies are."""
+    interval_s, cost_s, age_s = (document.get(name) for name in ("interval_s", "cost_s", "age_s"))
+    text = f"every {interval_s:.3g} s" if interval_s else "only at the end"
+    if document.get("auto"):
+        price = "not known yet" if cost_s is None else f"{cost_s:.2g} s"
+        text += f" (auto: one costs {price}, a failure every {duration(float(document.get('mtbf_s') or 0))})"
+    if isinstance(age_s, (int, float)):
+        text += f", the last {duration(age_s)} ago"
+    if document.get("url"):
+        text += f"; copies at {document['url']}, the last {document.get('copied') or 'not yet'}"
+    return text
 
 
 def job_details(status: JobStatus) -> list[str]:
@@ -123,10 +139,13 @@ def job_details(status: JobStatus) -> list[str]:
         rows.append(("now", status.line()))
     least = f", at least {fewest}" if fewest is not None and fewest != status.workers_wanted else ""
     rows.append(("workers", f"{status.workers} of {status.workers_wanted}{least}"))
-    rows.append(("shards", status.shards))
+    backups = ", each with a backup" if document.get("replication") == 2 else ""
+    rows.append(("shards", f"{status.shards}{backups}"))
     rows.append(("mode", status.mode))
     if document.get("restarts_limit") or status.restarts:
         rows.append(("restarts", f"{status.restarts} of {document.get('restarts_limit', 0)}"))
+    if document.get("lost_pushes"):
+        rows.append(("lost", f"{document['lost_pushes']:,} of the pushes, with shards that died"))
     rows.append(("user", str(document.get("user", "")).removeprefix("user/")))
     for name in ("submitted", "started", "ended"):
         moment = document.get(f"{name}_s")
@@ -136,6 +155,8 @@ def job_details(status: JobStatus) -> list[str]:
     rows += [(name, "-" if value is None else f"{value:.5g}") for name, value in status.metrics.items()]
     if document.get("checkpoints"):
         rows.append(("checkpoints", ", ".join(map(str, document["checkpoints"]))))
+    if document.get("checkpointing") and not status.ended:
+        rows.append(("", _checkpointing(document["checkpointing"])))
     rows += [("warning", text) for text in status.warnings]
     if status.degraded:
         rows.append(("DEGRADED", status.degraded))
@@ -146,9 +167,9 @@ def job_details(status: JobStatus) -> list[str]:
         for process in sorted(processes, key=lambda p: (str(p.get("role")), int(p.get("index") or 0))):
             table.append(
                 (
-                    f"{process.get('role')}/{process.get('index')}",
+                    process.get("name") or f"{process.get('role')}/{process.get('index')}",
                     process.get("node") or "-",
-                    process.get("state", ""),
+                    ", ".join(str(process[name]) for name in ("state", "part") if process.get(name)),
                     process.get("pid") or "-",
                     "-" if process.get("exit_code") is None else process["exit_code"],
                     process.get("epoch") or "-",
@@ -186,6 +207,8 @@ def closing_lines(status: JobStatus) -> list[str]:
         rows.append(("staleness", f"median {stale['p50']}, 99 % {stale['p99']}, largest {stale['max']} updates"))
     if status.restarts:
         rows.append(("restarts", status.restarts))
+    if result.get("lost_pushes"):
+        rows.append(("lost", f"{result['lost_pushes']:,} of the pushes, with shards that died"))
     rows.append(("time", duration(status.elapsed_s)))
     if status.model:
         rows.append(("weights", f"downpour get {status.id} -o FOLDER"))

@@ -1,10 +1,11 @@
 """Every step adds exactly 1 to every weight, so that the weights count the updates. Arguments:
 
-``--steps N``: end after N steps (default: only when killed). ``--deaf``: ignore SIGTERM.
+``--steps N``: end after N steps (default: only when killed). ``--slow``: 10 ms per step. ``--deaf``: ignore SIGTERM.
 """
 
 import signal
 import sys
+import time
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ def main() -> None:
         optimizer.zero_grad()
         (-model.weight.sum()).backward()
         optimizer.step()
+        if "--slow" in sys.argv:
+            time.sleep(0.01)
         if downpour.clock() - first == 5:
             print("is training")
     print(f"ends at clock {downpour.clock()}")
