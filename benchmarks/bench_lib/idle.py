@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 PROC = Path("/proc")
-PPID, UTIME, STIME = 1, 11, 12  # fields of /proc/PID/stat, counted from the state that follows the name
+PPID, UTIME, STIME, STARTED = 1, 11, 12, 19  # fields of /proc/PID/stat, counted from the state that follows the name
 
 
 def descendants_load(watch_s: float) -> float:

@@ -53,11 +53,15 @@ class Programs:
             )
         self._running.append(process)
 
+    def output(self, index: int) -> str:
+        """What the program that was started as number ``index`` has written so far."""
+        return self._log(index).read_text(errors="replace")
+
     def check(self) -> None:
         """Raises :class:`ContenderError` with the end of its output when a program has ended."""
         for index, process in enumerate(self._running):
             if process.poll() is not None:
-                text = self._log(index).read_text(errors="replace")[-TAIL_CHARACTERS:]
+                text = self.output(index)[-TAIL_CHARACTERS:]
                 raise ContenderError(f"{self._owner}: ended with exit code {process.returncode}:\n{text}")
 
     def await_end(self) -> None:

@@ -7,11 +7,11 @@
 is a list of ``ACTION:TARGET@WHEN``. *ACTION*: ``kill`` (SIGKILL), ``term`` (SIGTERM: the worker is asked to leave),
 ``stop`` (SIGSTOP; with ``+5s`` it goes on after that). *TARGET*: ``server/0``, ``worker/1``; ``server``, ``worker`` or
 ``any``: one of these by lot; with replication also ``server/0b``, the second process of shard 0, ``leader/0`` and
-``backup/0``, that one of the two which is it then, and ``leader`` and ``backup``: of any shard. *WHEN*: ``30s`` after training has begun, ``10s±5`` or ``10s~5`` a moment by lot within
-5 s of that, ``step:100`` once a worker has reported that many steps, ``every:20s``, ``every:20s±5`` and
-``every:step:50`` again and again. What is not running then is waited for. ``delay:50ms``, ``delay:worker/1:50ms``,
-without a time: each answer of the shards, or each push of the worker, comes so much later. ``seed:7`` seeds the lots
-instead of the job's seed.
+``backup/0``, that one of the two which is it then, and ``leader`` and ``backup``: of any shard, as long as the backup
+could take over. *WHEN*: ``30s`` after training has begun, ``10s±5`` or ``10s~5`` a moment by lot within 5 s of that,
+``step:100`` once a worker has reported that many steps, ``every:20s``, ``every:20s±5`` and ``every:step:50`` again and
+again. What is not running then is waited for. ``delay:50ms``, ``delay:worker/1:50ms``, without a time: each answer of
+the shards, or each push of the worker, comes so much later. ``seed:7`` seeds the lots instead of the job's seed.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Chaos:
         training: bool,
         clock: int,
         children: Mapping[tuple[str, int], Target],
-        leaders: Mapping[int, tuple[str, int]] | None = None,
+        parts: Mapping[tuple[str, int], tuple[str, int]] | None = None,
     ) -> None:
-        """Call it often. ``training``: whether the job trains now; ``clock``: its largest; ``leaders``: by shard, which
-        of the children leads."""
+        """Call it often. ``training``: whether the job trains now; ``clock``: its largest; ``parts``: which child is
+        the leader, or the backup, of a shard."""
         if training and self._begun_s is None:
             self._begun_s = now_s
         if self._begun_s is None:
@@ -119,7 +119,7 @@ class Chaos:
         for number, (at, act) in enumerate(self._due):
             if (clock if act.by_step else after_s) < at:
                 continue
-            target = self._pick(act, children, leaders or {})
+            target = self._pick(act, children, parts or {})
             if target is not None:
                 self._carry_out(act, target, after_s, clock)
                 since = clock if act.by_step else after_s
@@ -131,19 +131,19 @@ class Chaos:
         return since + max(0.0, act.at + self._draw.uniform(-act.jitter_s, act.jitter_s))
 
     def _pick(
-        self, act: Act, children: Mapping[tuple[str, int], Target], leaders: Mapping[int, tuple[str, int]]
+        self,
+        act: Act,
+        children: Mapping[tuple[str, int], Target],
+        parts: Mapping[tuple[str, int], tuple[str, int]],
     ) -> Target | None:
         stopped = [target for _, target in self._stopped]
-
-        def fits(key: tuple[str, int]) -> bool:
-            role, index = key
-            if act.role in _PARTS:
-                leads = key in leaders.values()
-                shard = index % len(leaders) if leaders else index
-                return role == "server" and leads == (act.role == "leader") and act.index in (None, shard)
-            return act.role in ("", role) and act.index in (None, index)
-
-        fit = [child for key, child in sorted(children.items()) if child.running and fits(key) and child not in stopped]
+        if act.role in _PARTS:
+            children = {part: children[key] for part, key in parts.items() if key in children}
+        fit = [
+            child
+            for (role, index), child in sorted(children.items())
+            if child.running and act.role in ("", role) and act.index in (None, index) and child not in stopped
+        ]
         return self._draw.choice(fit) if fit else None
 
     def _carry_out(self, act: Act, target: Target, after_s: float, clock: int) -> None:

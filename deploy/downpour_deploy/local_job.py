@@ -145,8 +145,8 @@ class LocalJob:
             if self._job.phase is Phase.QUEUED:  # it is started again
                 self._service.carry_out(self._job.begin(now_s))
             training = self._job.phase is Phase.TRAINING and self._job.training.begun
-            leaders = {s.index: ("server", s.process) for s in self._job.training.shards.values()}
-            self._chaos.turn(now_s, training, self._job.training.clock(), self._children, leaders)
+            parts = self._job.training.parts()
+            self._chaos.turn(now_s, training, self._job.training.clock(), self._children, parts)
             self._end_stopping()
             self._start_pending()
             if now_s - drawn_s >= DRAW_S:

@@ -37,6 +37,8 @@ from downpour_coordinator.training import Training
 
 KEEP_S = 10.0
 """Time that an interrupted job is given for its last checkpoint."""
+SAVES = 3
+"""Attempts to write the last checkpoint, which holds the result."""
 CLOSE_S = 5.0
 """Time that shards are given to end by themselves."""
 TELL_S = 0.1
@@ -118,6 +120,8 @@ class Lifecycle:
         self._awaited = 0
         """number of the snapshot that the phase waits for"""
         self._committed = False
+        self._saves = 1
+        """attempts of this phase"""
 
     # ------------------------------------------------------------ what it is
 
@@ -574,7 +578,7 @@ class Lifecycle:
         self.phase = phase
         self._since_s = now_s
         self._asked_s = float("-inf")
-        self._awaited, self._committed = 0, False
+        self._awaited, self._committed, self._saves = 0, False, 1
 
     def _advance(self, now_s: float, effects: list[Effect]) -> list[Effect]:
         """Go on from phase to phase as far as what is known allows."""
@@ -702,6 +706,8 @@ class Lifecycle:
             error = f"the shards did not answer within {limit_s:g} s"
         elif coming and not self._committed:
             pass
+        elif not self._awaited and not self.checkpoints.may_retry(now_s):
+            pass
         elif not self._awaited:
             self._awaited = self.checkpoints.begin(self.training, now_s, effects, final=True)
             if not self._awaited:
@@ -730,7 +736,9 @@ class Lifecycle:
             self._kept = not error
             self._enter(Phase.CLOSING, now_s)
         elif self.phase is Phase.SAVING:
-            if error:
+            if error and number and self._saves < SAVES:
+                self._saves, self._committed = self._saves + 1, False  # and again, after a moment
+            elif error:
                 self._result_lost(error)
                 self._enter(Phase.LEAVING, now_s)
             else:

@@ -159,6 +159,15 @@ class Training:
         backup = self.backups.get(index)
         return [] if backup is None else list(backup.give_up(self.shards[index]))
 
+    def parts(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """("leader", shard) and ("backup", shard) → key of that process, for shards whose backup could lead."""
+        found: dict[tuple[str, int], tuple[str, int]] = {}
+        for index, backup in self.backups.items():
+            if backup.promotable:
+                found["leader", index] = ("server", self.shards[index].process)
+                found["backup", index] = ("server", backup.process)
+        return found
+
     def name_of(self, process: int) -> str:
         """What a server process is called."""
         return process_name("server", process, self.facts.shards)
@@ -389,8 +398,7 @@ class Training:
         effects: list[TrainingEffect] = []
         model, facts = self.model.to_wire(), self.facts
         if shard.recovers:
-            left = tuple(n for numbers in self._left for n in numbers)
-            set_up = m.SetUpShard(model, self._folder(shard.checkpoint), True, facts.clock, left)
+            set_up = m.SetUpShard(model, self._folder(shard.checkpoint), True, facts.clock)
         else:
             set_up = m.SetUpShard(model, facts.resume)
         effects.append(Send(shard.peer, set_up))
@@ -566,7 +574,8 @@ class Training:
 
     def _members_message(self) -> m.SetMembers:
         slots = tuple(n for pair in sorted(self._members.items()) for n in pair)
-        return m.SetMembers(self._version, slots, tuple(s for s in sorted(self._members) if self.workers[s].takes_over))
+        taken = tuple(s for s in sorted(self._members) if self.workers[s].takes_over)
+        return m.SetMembers(self._version, slots, taken, tuple(n for numbers in self._left for n in numbers))
 
     def _members_in_force(self, effects: list[TrainingEffect]) -> None:
         """Once all shards know the members: let joiners in, and begin the passes that waited for it."""

@@ -376,9 +376,7 @@ class Follower:
             message = self._inputs.popleft()
             try:
                 if isinstance(message, m.SetMembers):
-                    slots = message.slots
-                    epochs = dict(zip(slots[::2], slots[1::2], strict=True))
-                    self.shard.set_members(message.version, epochs, message.takes_over)
+                    self.shard.take_members(message)
                 else:
                     self.shard.handle(b"", message, 0.0)
             except ProtocolError:

@@ -199,7 +199,7 @@ class ShardService:
             shard = replication.shard
             if message.recovers:
                 clock = recover(config.path(message.resume), config.job, config.shard, layout, shard.chunks)
-                shard.recovered(clock if message.clock < 0 else message.clock, message.left)
+                shard.recovered(clock if message.clock < 0 else message.clock)
             elif message.resume:
                 clock = restore(config.path(message.resume), layout, shard.chunks)
                 shard.start_from(clock if message.clock < 0 else message.clock)
@@ -218,14 +218,15 @@ class ShardService:
             if self._members is None or message.version > self._members.version:
                 self._members = message
             return
-        if len(message.slots) % 2 or min(message.slots, default=0) < 0:
-            self._control.malformed += 1
-            return
         if replication.leader is None:
             return  # a follower hears of it from its leader
-        epochs = dict(zip(message.slots[::2], message.slots[1::2], strict=True))
         self._carry_out(replication.before(message))
-        effects = replication.shard.set_members(message.version, epochs, message.takes_over)
+        try:
+            effects = replication.shard.take_members(message)
+        except ProtocolError:
+            self._control.malformed += 1
+            self._carry_out(replication.after([]))
+            return
         effects.append(Tell(m.MembersSet(*self._identity(), replication.shard.members_version)))
         self._carry_out(replication.after(effects))
 

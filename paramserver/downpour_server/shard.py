@@ -10,7 +10,7 @@ original. A contribution of a worker that is not a member, or has been replaced,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,16 +142,13 @@ class Shard:
             for stored in self.chunks.values():
                 stored.version = clock
 
-    def recovered(self, first_seq: int, left: Sequence[int] = ()) -> None:
+    def recovered(self, first_seq: int) -> None:
         """The chunks are those of a former process of this shard, at some moment; the job has gone on since.
 
-        ``first_seq``: number of the first contribution of those who were there at the job's start. ``left``: flat
-        (slot, epoch, first, done) of workers that have left, whose last word the former process had.
+        ``first_seq``: number of the first contribution of those who were there at the job's start.
         """
         self._members.first_seq = first_seq
         self._recovered = True
-        for slot, epoch, first, done in sorted(zip(*[iter(left)] * 4, strict=True)):
-            self._settle(slot, epoch, done, first)
 
     def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
         """Take one message from a worker; returns what is to be done, in order."""
@@ -203,14 +200,32 @@ class Shard:
         """Version of the members in force; 0: those of the start."""
         return self._members.version
 
-    def set_members(self, version: int, epochs: Mapping[int, int], takes_over: Collection[int] = ()) -> list[Effect]:
+    def take_members(self, message: m.SetMembers) -> list[Effect]:
+        """:meth:`set_members` as the coordinator says it. Raises :class:`ProtocolError`."""
+        slots, left = message.slots, message.left
+        if len(slots) % 2 or len(left) % 4 or min((*slots, *left), default=0) < 0:
+            raise ProtocolError("a list of members has pairs of counts")
+        epochs = dict(zip(slots[::2], slots[1::2], strict=True))
+        leavers = zip(left[::4], left[1::4], left[2::4], left[3::4], strict=True)
+        return self.set_members(message.version, epochs, message.takes_over, leavers)
+
+    def set_members(
+        self,
+        version: int,
+        epochs: Mapping[int, int],
+        takes_over: Collection[int] = (),
+        left: Iterable[tuple[int, int, int, int]] = (),
+    ) -> list[Effect]:
         """The job's workers are these from now on, by slot; an older ``version`` changes nothing. ``takes_over``: see
-        :meth:`downpour_server.members.Members.replace`.
+        :meth:`downpour_server.members.Members.replace`. ``left``: (slot, epoch, first, done) of workers that have
+        left, whose last word a former process of this shard may have had.
 
         Whatever waited only for one that is no longer a member goes on. Where another process takes over, all that the
         former one has sent stays, and counts as the new one's.
         """
         effects: list[Effect] = []
+        for slot, epoch, first, done in sorted(left):
+            self._settle(slot, epoch, done, first)
         change = self._members.replace(version, epochs, takes_over)
         if change is None:
             return effects

@@ -30,6 +30,7 @@ from gone import wait_gone
 
 from downpour.jobs.client import ClusterClient
 from downpour_common.keys import ROLES, new_keys
+from downpour_common.names import process_name
 from downpour_common.transport.zeromq import new_key_pair
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -406,14 +407,17 @@ class Cluster:
         return [json.loads(line) for line in (self.files(job) / "metrics.jsonl").read_text().splitlines()]
 
     def processes(self, job: str) -> dict[str, int]:
-        """The living processes of the job on all hosts, by ``worker/0`` or ``server/1``."""
+        """The living processes of the job on all hosts, by ``worker/0``, ``server/1`` or ``server/1b``."""
         found = {}
         for pid, environment in everybody():
-            for variable, role, index in (("DOWNPOUR_WORKER", "worker", "slot"), ("DOWNPOUR_SHARD", "server", "shard")):
+            for variable, role, index in (
+                ("DOWNPOUR_WORKER", "worker", "slot"),
+                ("DOWNPOUR_SHARD", "server", "process"),
+            ):
                 if environment.get(MARK) == self.mark and variable in environment:
                     config = json.loads(environment[variable])
                     if config["job"] == job:
-                        found[f"{role}/{config[index]}"] = pid
+                        found[process_name(role, config[index], config["shards"])] = pid
         return found
 
     def all_of(self, job: str) -> list[int]:

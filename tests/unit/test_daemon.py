@@ -268,7 +268,7 @@ def test_a_job_is_submitted(desk: Desk) -> None:
     document = desk.submit(workers=2)
     job = document["job"]
     assert (document["state"], document["user"], document["exit_code"]) == ("STARTING", ALICE, None)
-    assert {p["name"] if "name" in p else p["role"] for p in document["processes"]} == {"server", "worker"}
+    assert {p["name"] for p in document["processes"]} == {"server/0", "worker/0", "worker/1"}
     assert (Path(desk.files.job(job)) / "job.toml").read_text().startswith('name = "digits"')
     start = desk.heard(b"w1", m.StartProcess)[0]
     assert (start.document["bundle"], start.document["bundle_bytes"]) == (DIGEST, len(CODE))

@@ -212,7 +212,18 @@ def test_a_result_that_cannot_be_written() -> None:
     failure = _fails(world)
     assert (failure.reason, failure.exit_code) == ("RESULT_NOT_WRITTEN", 74)
     assert "No space left on device" in failure.message
-    assert world.dropped == [1, 2], "the one of the beginning, and the last"
+    assert world.dropped == [1, 2, 3, 4], "the one of the beginning, and the last, three times"
+
+
+def test_the_last_checkpoint_is_tried_again() -> None:
+    world = World().start()
+    world.disk_full = "No space left on device"
+    world.leave(0)
+    world.leave(1)
+    assert (world.phase, world.dropped) == (Phase.SAVING, [1])
+    world.disk_full = ""
+    world.wait(5.0)
+    assert (world.life.state, world.committed) == ("SUCCEEDED", [2])
 
 
 def test_an_export_that_fails() -> None:

@@ -181,6 +181,17 @@ def test_a_worker_that_joins_between_two_passes_is_in_every_round_from_then_on()
     assert d.push_pull(0, 2, 2, ones(0, 0, 0, 0)) is None
 
 
+def test_one_that_has_left_is_taken_over_only_if_that_is_said() -> None:
+    for said in ((), (1,)):
+        members = Members(2, take_over=True)
+        members.objection(1, 0)
+        members.leave(1)
+        change = members.replace(1, {0: 0, 1: 1}, said)
+        assert change is not None
+        assert (1 in change.taken_over, 1 in change.joined) == (bool(said), not said)
+        assert members.awaited() == ([0] if said else [0, 1]), "who has left has left, whoever says it again"
+
+
 def test_a_worker_that_comes_after_one_that_has_left_begins_anew_and_what_that_one_sent_does_not_count() -> None:
     d = driver("sync", 2)
     d.push(0, 1, 0, ones(9, 9, 9, 9))

@@ -294,7 +294,9 @@ def test_what_workers_lost_that_have_left_is_counted_at_once(tmp_path: Path) -> 
     d.push(0, 0, 3, G)
     d.push(1, 0, 3, G)
     back = come_back(tmp_path, d)
-    back.shard.recovered(0, (0, 0, 0, 4, 1, 2, 30, 32))  # slot 1: one that joined later, after the checkpoint
+    left = (0, 0, 0, 4, 1, 2, 30, 32)  # slot 1: one that joined later, after the checkpoint
+    for version in (1, 1, 2):
+        back.shard.take_members(m.SetMembers(version, (0, 0), (), left))
     assert back.shard.stats.lost == 2 + 4
     assert back.shard.stats.lost_pushes == {0: 1, 1: 2}
     hello(back, 0, done=4)

@@ -47,8 +47,6 @@ class SetUpShard(Message):
     checkpoint, windows against repeats included"""
     clock: int = -1
     """number of the first contribution of the job's first workers; -1: the checkpoint's clock"""
-    left: tuple[int, ...] = ()
-    """with ``recovers``: flat (slot, worker_epoch, first, done), as in :class:`Goodbye`, of workers that have left"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +104,9 @@ class SetMembers(Message):
     """flat (slot, worker_epoch) pairs"""
     takes_over: tuple[int, ...] = ()
     """sync: slots whose workers go on where one before them was, which may have died after it had left the shards"""
+    left: tuple[int, ...] = ()
+    """flat (slot, worker_epoch, first, done), as in :class:`Goodbye`, of workers that have left: what they have told a
+    shard's former process"""
 
 
 @dataclass(frozen=True, slots=True)
