@@ -19,7 +19,7 @@ from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import ContenderError
 from bench_lib.documents import write_document
 from bench_lib.machine import Machine
-from bench_lib.recovery import CASES, COSTS, QUICK, Case, Cost, paired, summary
+from bench_lib.recovery import CASES, COSTS, NAMES, QUICK, Case, Cost, paired, summary
 from bench_lib.recovery_job import RecoveryJob
 
 SCHEMA = 1
@@ -31,15 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; an exit code."""
     options = _parse(arguments)
     if options.list:
-        for name in (*(case.name for case in CASES), *(cost.name for cost in COSTS)):
-            print(name)
+        print("\n".join(NAMES))
         return 0
     from bench_lib import machine
     from bench_lib.recovery_report import show
     from bench_lib.report import console
 
     terminal = console()
-    wanted = options.only or (QUICK if options.quick else [x.name for x in (*CASES, *COSTS)])
+    wanted = options.only or (QUICK if options.quick else NAMES)
     facts = machine.look()
     results: dict[str, dict[str, Any]] = {"recoveries": {}, "costs": {}}
     failed: dict[str, str] = {}
@@ -112,8 +111,7 @@ def _write(path: Path, facts: Machine, results: dict[str, dict[str, Any]], faile
     }
     for section, rows in results.items():
         merged = {**document[section], **rows}
-        order = [case.name for case in CASES] + [cost.name for cost in COSTS]
-        document[section] = {name: merged[name] for name in order if name in merged}
+        document[section] = {name: merged[name] for name in NAMES if name in merged}
     write_document(path, document)
 
 
@@ -121,8 +119,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    names = [x.name for x in (*CASES, *COSTS)]
-    add("--only", nargs="+", metavar="NAME", choices=names, help="only these (see --list)")
+    add("--only", nargs="+", metavar="NAME", choices=NAMES, help="only these (see --list)")
     add("--quick", action="store_true", help="the small model, two kills each, and one cost")
     add("--kills", type=at_least_one, help="at most so many per case (default 5)")
     add("--pairs", type=at_least_one, help="of turns, to tell a cost (default 9)")

@@ -95,10 +95,8 @@ COSTS = [
     *(Cost("replication", mode, work, ("--replication", "2")) for mode in MODES for work in _LOOKED_AT),
     *(Cost("restarts", "sync", work, ("--restarts", "5")) for work in _LOOKED_AT),  # it keeps the weights before
 ]
-QUICK = [
-    *(case.name for case in CASES if case.model == "digits"),
-    *(cost.name for cost in COSTS if cost.workload.model == "digits"),
-]
+NAMES = [*(case.name for case in CASES), *(cost.name for cost in COSTS)]
+QUICK = [name for name in NAMES if name.endswith("-digits")]
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,8 @@ class Recovery:
 def evaluate(traces: Sequence[Trace], kill_s: float, killed: int | None, since_s: float, commit_s: float) -> Recovery:
     """What followed the kill at ``kill_s``, of the worker in slot ``killed`` or of a shard (None).
 
-    ``since_s``: steps before are no comparison; ``commit_s``: of the newest checkpoint. Raises :class:`ValueError` where
-    a slot has no step after the kill.
+    ``since_s``: steps before are no comparison; ``commit_s``: of the newest checkpoint. Raises :class:`ValueError`
+    where a slot has no step after the kill.
     """
     slots = sorted({trace.slot for trace in traces} - {killed})
     gap_s, end_s = max(longest_gap(_steps_of(traces, slot), kill_s) for slot in slots)

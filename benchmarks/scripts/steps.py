@@ -1,6 +1,6 @@
 """Trains until a file is there, and notes when each step was done: eight bytes a step into a file of this process.
 
-The file's name is the worker's slot and process id. It holds the times of CLOCK_MONOTONIC, which all processes share, in
+The file's name is the worker's slot and process id. It holds times of CLOCK_MONOTONIC, which all processes share, in
 seconds as native doubles: the first when the worker had joined (``prepare`` returned), then one after each step.
 """
 

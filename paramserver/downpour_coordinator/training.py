@@ -294,6 +294,8 @@ class Training:
         if not self.without_backups:
             missing += [self.name_of(b.process) for b in self.backups.values() if not b.address]
         missing += [f"worker/{w.slot}" for w in self.workers.values() if not w.pid and not w.gone]
+        if not missing and self.waits_for_backups():
+            missing = [self.name_of(b.process) for b in self.backups.values() if not b.promotable]
         return missing
 
     def live(self) -> list[int]:

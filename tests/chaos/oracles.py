@@ -11,21 +11,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from downpour_common.layout import ModelSpec, plan
+
 
 def last_checkpoint(out: Path) -> Path:
     """The newest committed checkpoint of a run directory."""
     return sorted((out / "checkpoints").glob("[0-9]*/manifest.json"))[-1].parent
 
 
-def digest_of(out: Path) -> str:
-    """SHA-256 of the final weights, optimizer state, versions and buffers, as the last checkpoint has them."""
+def digest_of(out: Path, buffers: bool = True) -> str:
+    """SHA-256 of the final weights, optimizer state and versions, as the last checkpoint has them.
+
+    ``buffers``: and of BatchNorm's statistics, of which a process that takes over knows those of the last pass only.
+    """
     folder = last_checkpoint(out)
     manifest = json.loads((folder / "manifest.json").read_text())
+    layout = plan(ModelSpec.from_wire(manifest["model"]), manifest["shards"], manifest["chunk_bytes"])
+    counted = {str(chunk.index) for chunk in layout.chunks if buffers or chunk.kind != "buffer"}
     digest = hashlib.sha256()
     for entry in sorted(manifest["files"], key=lambda e: e["file"]):
         for index, row in sorted(entry["chunks"].items()):
-            digest.update(json.dumps([index, row["version"], row["scalars"]]).encode())
+            if index in counted:
+                digest.update(json.dumps([index, row["version"], row["scalars"]]).encode())
         for name, tensor in sorted(load_file(folder / entry["file"]).items()):
+            if name.partition(".")[0] not in counted:
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(str(manifest["clock"]).encode())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cluster_kit import SCRIPTS, Cluster
+from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     from conftest import Box
@@ -39,3 +45,30 @@ def test_in_sync_a_killed_leader_changes_no_bit(box: Box) -> None:
     assert ended.document["restarts"] == 0
     expected = (reference.out / "model.safetensors").read_bytes()
     assert (ended.out / "model.safetensors").read_bytes() == expected
+
+
+def test_in_a_cluster_the_coordinator_is_killed_with_a_leader_and_a_host_is_lost(tmp_path: Path) -> None:
+    steps = 250
+    folder = tmp_path / "code"
+    folder.mkdir()
+    script = Path(shutil.copy(SCRIPTS / "ledger.py", folder))
+    with Cluster(tmp_path) as cluster:
+        cluster.start_coordinator("--no-fsync")
+        cluster.start_agents({"s1": ("server",), "s2": ("server",), "w1": ("worker", "--slots", "2")})
+        job = cluster.submit(script, "--slow", "--steps", steps, workers=2, shards=1, replication=2)
+        document = cluster.running(job, 10)
+        parts = {p["name"]: (p["node"], p["part"]) for p in document["processes"] if p["role"] == "server"}
+        assert sorted(parts) == ["server/0", "server/0b"]
+        assert {node for node, _ in parts.values()} == {"s1", "s2"}
+        os.kill(cluster.processes(job)["server/0"], signal.SIGKILL)
+        assert cluster.coordinator is not None
+        cluster.coordinator.kill()
+        cluster.start_coordinator("--no-fsync")
+        cluster.wait(job, lambda d: "server/0b leads now" in str(d["warnings"]) and not d["degraded"], "a backup")
+        cluster.agents[parts["server/0b"][0]].kill()
+        document = cluster.ended(job)
+        assert (document["restarts"], document["lost_pushes"]) == (0, 0), document["warnings"]
+        assert document["warnings"][0] == "server/0 killed by signal 9 (SIGKILL); server/0b leads now"
+        cluster.show()
+        weights = load_file(cluster.files(job) / "model.safetensors")["weight"]
+        assert weights.flatten().tolist() == [2.0 * steps] * 9

@@ -316,7 +316,7 @@ def test_training_begins_with_backups_that_have_caught_up() -> None:
     model = Model()
     model.settle(1)
     assert not model.life.training.begun
-    assert model.life.waiting_for() == ["the servers to take the model"]
+    assert model.life.waiting_for() == ["server/0b", "server/1b"]
     model.start()
     assert model.life.degraded == ""
     assert [row["backup"] for row in model.rows if "backup" in row] in (
@@ -429,7 +429,6 @@ def test_in_sync_both_are_gone_and_the_whole_job_begins_again_with_fresh_epochs(
     model.settle()
     model.dies(2)
     model.dies(0)
-    assert model.life.state == "RESTARTING"
     assert model.life.failure is not None
     assert (model.life.failure.role, model.life.failure.index) == ("server", 0)
     terms = {index: shard.term for index, shard in model.life.training.shards.items()}
@@ -455,8 +454,8 @@ def test_a_snapshot_under_way_begins_again_when_its_leader_dies() -> None:
     model.dies(1)
     assert model.life.training.snapshot == 0
     model.settle()
-    assert model.committed
-    assert min(model.committed) > number
+    assert number not in model.committed
+    assert max(model.committed) > number
 
 
 @pytest.mark.parametrize("phase", [Phase.SAVING, Phase.KEEPING])
