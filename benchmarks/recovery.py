@@ -23,7 +23,6 @@ from bench_lib.recovery import CASES, COSTS, NAMES, QUICK, Case, Cost, paired, s
 from bench_lib.recovery_job import RecoveryJob
 
 SCHEMA = 1
-SETTLE_S = 6.0
 WARMUPS = 2
 
 
@@ -67,16 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _recoveries(case: Case, timeout_s: float) -> dict[str, Any]:
     """Raises :class:`ContenderError`."""
-    found, documents = [], []
+    found, documents, control = [], [], []
     for _ in range(case.jobs):
         job = RecoveryJob(case, timeout_s)
         try:
             job.start()
-            found += [job.kill(SETTLE_S) for _ in range(case.kills)]
+            for _ in range(case.kills):
+                found.append(job.kill())
+                if case.compared:
+                    control += job.control()
             documents.append(job.end())
         finally:
             job.close()
-    return summary(case, found, documents)
+    return summary(case, found, documents, control)
 
 
 def _cost(cost: Cost, pairs: int, timeout_s: float) -> tuple[dict[str, Any], dict[str, str]]:

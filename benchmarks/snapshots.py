@@ -14,10 +14,12 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import ContenderError
+from bench_lib.documents import write_document
 from bench_lib.idle import STIME, UTIME, descendants
 from bench_lib.training import Optimizer, Trainer, TrainingContender, Workload
 
@@ -125,10 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": asdict(facts),
             "settings": {"interval_s": INTERVAL_S, "pairs": options.pairs, "steps": options.steps},
-            "results": [{**asdict(row), "overhead": row.overhead} for row in rows],
+            "results": _merged(options.json, [{**asdict(row), "overhead": row.overhead} for row in rows]),
         }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_document(options.json, document)
     return 0
+
+
+def _merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows``, and those of other jobs that are in the file already."""
+    there: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
+    by_key = {(row["optimizer"], row["name"]): row for row in (*there, *rows)}
+    return [by_key[key] for key in sorted(by_key, reverse=True)]
 
 
 def _row(trainer: Trainer, optimizer: Optimizer, pairs: int, steps: int) -> Row:
@@ -220,7 +229,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=list(WAYS), default=list(WAYS), help="only these jobs")
     add("--pairs", type=at_least_one, default=9, help="of turns, with a checkpoint and without (default 9)")
     add("--steps", type=at_least_one, default=24, help="in a turn (default 24)")
-    add("--json", type=writable, metavar="FILE", help="also write everything here")
+    add("--json", type=writable, metavar="FILE", help="also write everything here; other jobs in it stay")
     return parser.parse_args(arguments)
 
 

@@ -34,6 +34,7 @@ BENCHMARKS = (
     Benchmark("busy", ["--runs", "3"], ["--runs", "7"]),
     Benchmark("memory", ["--optimizers", "sgd"]),
     Benchmark("snapshots", ["--optimizers", "sgd", "--only", "downpour-1", "--pairs", "3"]),
+    Benchmark("recovery", ["--quick"]),
     Benchmark("control_plane", ["--runs", "3"]),
     Benchmark("accuracy", None),
 )
@@ -42,7 +43,7 @@ BENCHMARKS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run them; 0 when all went well, 1 when one did not (the others run all the same), 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few minutes instead of a quarter of an hour")
+    parser.add_argument("--quick", action="store_true", help="a few minutes instead of most of an hour")
     parser.add_argument("--only", nargs="+", choices=[b.name for b in BENCHMARKS], help="only these")
     options = parser.parse_args(arguments)
     folder = RESULTS / "quick" if options.quick else RESULTS

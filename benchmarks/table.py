@@ -1,4 +1,6 @@
-"""Writes the README's tables from the JSON files of the benchmarks, so that it never says what was not measured.
+"""Writes the tables of the README and of docs/reliability.md from the JSON files of the benchmarks.
+
+So they never say what was not measured.
 
 `python benchmarks/table.py` after `make bench-full`; `--check` only tells whether they are up to date.
 """
@@ -15,6 +17,7 @@ from bench_lib.markdown import TABLES, filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
 
 
 def documents(folder: Path = RESULTS) -> dict[str, Any]:
@@ -30,16 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Rewrite or check; an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="default: the README")
+    parser.add_argument("--file", type=Path, action="append", help="default: both")
     options = parser.parse_args(arguments)
-    before = options.file.read_text(encoding="utf-8")
+    return max(_fill(file, options.check) for file in options.file or FILES)
+
+
+def _fill(file: Path, check: bool) -> int:
+    """An exit code."""
+    before = file.read_text(encoding="utf-8")
     after = filled(before, documents())
-    if options.check:
+    if check:
         if after != before:
-            print(f"{options.file}: tables differ from the results; run python benchmarks/table.py", file=sys.stderr)
+            print(f"{file}: tables differ from the results; run python benchmarks/table.py", file=sys.stderr)
         return int(after != before)
     if after != before:
-        options.file.write_text(after, encoding="utf-8")
+        file.write_text(after, encoding="utf-8")
     return 0
 
 

@@ -151,14 +151,56 @@ def accuracy(document: Document) -> list[str]:
     return [*_table(("", *modes), rows), "", f"Medians of {seeds} seeds."]
 
 
+def recovery(document: Document) -> list[str]:
+    """After each kill; then what it costs to be ready for one."""
+    models = {"mlp25m": "100 MB of weights, Adam", "digits": "the digits MLP, Adam"}
+    killed = {"worker": "a worker", "shard": "a shard", "leader": "a shard's leader, `--replication 2`"}
+    rows = []
+    for row in document["recoveries"].values():
+        steps = row.get("steps_ratio")
+        rows.append(
+            (
+                f"{killed[row['victim']]}, `{row['mode']}`, {models.get(row['model'], row['model'])}",
+                f"{row['gap_s']:.2f} s",
+                f"{row['max_gap_s']:.2f} s",
+                f"{row['trains_s']:.1f} s" if "trains_s" in row else "",
+                f"{row['steps_before_s']['p99'] * 1e3:.1f} → {row['steps_during_s']['p99'] * 1e3:.1f} ms"
+                if steps
+                else "",
+                f"{row['lost_pushes'] / row['kills']:.0f}",
+            )
+        )
+    heads = (
+        "killed",
+        "longest gap",
+        "in the worst case",
+        "replacement trains after",
+        "others' steps, p99",
+        "pushes lost",
+    )
+    what = {"replication": "`--replication 2`", "restarts": "`--restarts 5`"}
+    costs = [
+        (
+            f"{what[row['what']]}, `{row['mode']}`, {models.get(row['model'], row['model'])}",
+            *(f"{row[key] * 1e3:.{2 if row[key] < 0.01 else 0}f} ms" for key in ("without_s", "with_s")),
+            f"{row['ratio']:.2f}",
+        )
+        for row in document["costs"].values()
+    ]
+    lines = [*_table(heads, rows), "", *_table(("what being ready costs", "a step without", "with", "ratio"), costs)]
+    note = f"Two workers, one shard; SIGKILL; medians over the kills, pushes per kill. {_where(document)}"
+    return [*lines, "", note, *_left_out(document)]
+
+
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     "pushpull": pushpull,
     "training": training,
     "busy": busy,
     "memory": memory,
     "accuracy": accuracy,
+    "recovery": recovery,
 }
-"""By the name of the JSON file and of the section in the README."""
+"""By the name of the JSON file and of the section in the README or in docs/."""
 PICTURES = {"pushpull": "Times to push and pull", "training": "Samples per second"}
 """What ``plots.py`` draws, in words."""
 

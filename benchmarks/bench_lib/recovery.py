@@ -31,6 +31,8 @@ class Case:
     jobs: int = 1
     kills: int = 5
     checkpoint_s: float = 60.0
+    settle_s: float = 5.0
+    """before each kill, from when all is well"""
 
     @property
     def name(self) -> str:
@@ -43,6 +45,11 @@ class Case:
         return (self.victim, self.mode) == ("shard", "sync")
 
     @property
+    def compared(self) -> bool:
+        """Whether the other's steps are of interest; in sync it waits, and that is the gap."""
+        return (self.victim, self.mode) == ("worker", "async")
+
+    @property
     def options(self) -> list[str]:
         """Of ``downpour run``."""
         given = ["-w", str(WORKERS), "--mode", self.mode, "--restarts", str(RESTARTS)]
@@ -53,7 +60,8 @@ class Case:
 MODELS = ("mlp25m", "digits")
 MODES: tuple[Mode, ...] = ("async", "sync")
 CASES = [
-    *(Case("shard", "async", model, checkpoint_s=5.0) for model in MODELS),
+    # Processes that die within ten seconds, one after the other, are waited with before they are replaced.
+    *(Case("shard", "async", model, checkpoint_s=5.0, settle_s=9.0) for model in MODELS),
     # A job that begins again a second time in a row waits before it does.
     *(Case("shard", "sync", model, jobs=5, kills=1, checkpoint_s=5.0) for model in MODELS),
     *(Case("leader", mode, model) for mode in MODES for model in MODELS),
@@ -139,7 +147,7 @@ def evaluate(traces: Sequence[Trace], kill_s: float, killed: int | None, since_s
     where a slot has no step after the kill.
     """
     slots = sorted({trace.slot for trace in traces} - {killed})
-    gap_s, end_s = max(longest_gap(_steps_of(traces, slot), kill_s) for slot in slots)
+    gap_s, end_s = max(longest_gap(steps_of(traces, slot), kill_s) for slot in slots)
     steps = [s for trace in traces for s in trace.steps_s]
     joined_s = trains_s = None
     before_s: list[float] = []
@@ -150,9 +158,9 @@ def evaluate(traces: Sequence[Trace], kill_s: float, killed: int | None, since_s
             raise ValueError(f"worker/{killed} has not been replaced")
         joined_s, trains_s = after[0].joined_s, after[0].steps_s[0]
         (other,) = slots
-        steps_s = _steps_of(traces, other)
-        before_s = _lengths(steps_s, max(since_s, kill_s - BEFORE_S), kill_s)
-        during_s = _lengths(steps_s, kill_s, trains_s)
+        steps_s = steps_of(traces, other)
+        before_s = lengths(steps_s, max(since_s, kill_s - BEFORE_S), kill_s)
+        during_s = lengths(steps_s, kill_s, trains_s)
     return Recovery(
         gap_s=gap_s,
         back_s=end_s - kill_s,
@@ -176,8 +184,11 @@ def longest_gap(steps_s: Sequence[float], kill_s: float) -> tuple[float, float]:
     return max(gaps)
 
 
-def summary(case: Case, recoveries: Sequence[Recovery], documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A case's result for the JSON file; ``documents``: what its jobs said at their ends."""
+def summary(
+    case: Case, recoveries: Sequence[Recovery], documents: Sequence[Mapping[str, Any]], control: Sequence[float] = ()
+) -> dict[str, Any]:
+    """A case's result for the JSON file; ``documents``: what its jobs said at their ends; ``control``: where the case
+    is ``compared``, how long steps take while a process starts that has nothing to do with the job."""
     row: dict[str, Any] = {
         "case": case.name,
         "victim": case.victim,
@@ -190,11 +201,12 @@ def summary(case: Case, recoveries: Sequence[Recovery], documents: Sequence[Mapp
     if case.victim == "worker":
         row |= _spread("joined_s", [r.joined_s for r in recoveries if r.joined_s is not None])
         row |= _spread("trains_s", [r.trains_s for r in recoveries if r.trains_s is not None])
+    if case.compared:
         for name in ("before_s", "during_s"):
-            lengths = [length for r in recoveries for length in getattr(r, name)]
-            row[f"steps_{name}"] = {"count": len(lengths), "p50": share(lengths, 0.5), "p99": share(lengths, 0.99)}
-        before, during = row["steps_before_s"], row["steps_during_s"]
-        row["steps_ratio"] = {at: during[at] / before[at] for at in ("p50", "p99")}
+            row[f"steps_{name}"] = _shares([length for r in recoveries for length in getattr(r, name)])
+        row["steps_control_s"] = _shares(control)
+        for name, of in (("steps_ratio", "steps_before_s"), ("steps_ratio_to_control", "steps_control_s")):
+            row[name] = {at: row["steps_during_s"][at] / row[of][at] for at in ("p50", "p99")}
     row["lost_pushes"] = sum(document["lost_pushes"] for document in documents)
     row["restarts"] = sum(document["restarts"] for document in documents)
     if case.victim == "shard":
@@ -222,14 +234,18 @@ def paired(without_s: Sequence[float], with_s: Sequence[float]) -> dict[str, Any
     }
 
 
-def _steps_of(traces: Sequence[Trace], slot: int) -> list[float]:
+def steps_of(traces: Sequence[Trace], slot: int) -> list[float]:
     """Of all processes that have had the slot."""
     return sorted(s for trace in traces if trace.slot == slot for s in trace.steps_s)
 
 
-def _lengths(steps_s: Sequence[float], from_s: float, to_s: float) -> list[float]:
-    """Of the steps that ended in between."""
+def lengths(steps_s: Sequence[float], from_s: float, to_s: float) -> list[float]:
+    """How long the steps took that ended in between."""
     return [after - before for before, after in pairwise(steps_s) if from_s < after <= to_s]
+
+
+def _shares(values: Sequence[float]) -> dict[str, Any]:
+    return {"count": len(values), "p50": share(values, 0.5), "p99": share(values, 0.99)}
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from array import array
@@ -18,12 +19,12 @@ from bench_lib.contender import ContenderError
 from bench_lib.idle import PROC, STARTED, descendants
 from bench_lib.local_job import SCRIPTS
 from bench_lib.programs import Programs
-from bench_lib.recovery import WORKERS, Case, Recovery, Trace, evaluate
+from bench_lib.recovery import WORKERS, Case, Recovery, Trace, evaluate, lengths, steps_of
 
 LOOK_S = 0.05
 PROOF = 5
 """Steps of each worker after which it has recovered."""
-TAIL_S = 1.0
+TAIL_S = 0.5
 """How long it is watched after that."""
 BYTES = 8
 
@@ -60,9 +61,9 @@ class RecoveryJob:
         self._await("a checkpoint", lambda: self._committed_s() > 0)
         self._since_s = time.monotonic()
 
-    def kill(self, settle_s: float) -> Recovery:
-        """Train for ``settle_s`` seconds, kill, and watch until all is as it was. Raises :class:`ContenderError`."""
-        until_s = time.monotonic() + settle_s
+    def kill(self) -> Recovery:
+        """Train undisturbed for a while, kill, and watch until all is as it was. Raises :class:`ContenderError`."""
+        until_s = time.monotonic() + self._case.settle_s
         self._await("time", lambda: time.monotonic() >= until_s)
         commit_s = self._committed_s()
         slot = self._turn % WORKERS if self._case.victim == "worker" else None  # the other one is old enough by then
@@ -82,6 +83,27 @@ class RecoveryJob:
             raise ContenderError(f"{self._case.name}: {error}") from error
         self._since_s = time.monotonic()
         return found
+
+    def control(self) -> list[float]:
+        """How long a worker's steps take while the other one is stopped and a process starts that is not of the job.
+
+        That is what starting a process costs the others, by itself. Raises :class:`ContenderError`.
+        """
+        slot = self._turn % WORKERS
+        stopped = self._newest()[slot].pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            begun_s = time.monotonic()
+            command = [sys.executable, "-u", "-c", "import torch, downpour"]
+            subprocess.run(command, check=True, timeout=self._timeout_s, start_new_session=True)
+            ended_s = time.monotonic()
+        except subprocess.SubprocessError as error:
+            raise ContenderError(f"{self._case.name}: the process for comparison: {error}") from error
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        self._await("steps", lambda: self._train(ended_s))
+        self._since_s = time.monotonic()
+        return lengths(steps_of(self._traces(), 1 - slot), begun_s, ended_s)
 
     def end(self) -> dict[str, Any]:
         """Let it come to its end; what it says then. Raises :class:`ContenderError`."""

@@ -22,15 +22,24 @@ def show(results: Mapping[str, Rows], terminal: Console) -> None:
 
 def _recoveries(rows: Rows) -> Table:
     table = _table("After a kill; seconds: median (longest)", "killed, mode, model", "kills", "gap", "back after")
-    for heading in ("replacement trains after", "the other's steps: p50", "p99", "÷ before: p50", "p99", "lost pushes"):
+    for heading in (
+        "replacement trains after",
+        "the other's steps: p50",
+        "p99",
+        "÷ before: p50",
+        "p99",
+        "÷ control: p99",
+        "lost pushes",
+    ):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         cells = [_spread(row, "gap_s"), _spread(row, "back_s"), _spread(row, "trains_s") if "trains_s" in row else ""]
         if "steps_ratio" in row:
             cells += [f"{1e3 * row['steps_during_s'][at]:.2f} ms" for at in ("p50", "p99")]
             cells += [f"{row['steps_ratio'][at]:.2f}" for at in ("p50", "p99")]
+            cells += [f"{row['steps_ratio_to_control']['p99']:.2f}"]
         else:
-            cells += [""] * 4
+            cells += [""] * 5
         table.add_row(name, str(row["kills"]), *cells, str(row["lost_pushes"]))
     return table
 

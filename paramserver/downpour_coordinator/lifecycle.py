@@ -74,6 +74,8 @@ class Lifecycle:
 
     def __init__(self, job: str, spec: JobSpec, facts: JobFacts, base: str, snapshots: int = 0) -> None:
         self.job, self.spec = job, spec
+        self.origin = facts
+        """where it began, and begins again if it has no sound checkpoint of its own"""
         self.phase = Phase.QUEUED
         self.roster = Roster()
         settings = spec.settings
@@ -243,6 +245,8 @@ class Lifecycle:
         if self.phase in (Phase.QUEUED, Phase.WAITING, Phase.OVER):
             raise ProtocolError(f"job {self.job} has no processes now")
         self._now_s = now_s
+        if isinstance(message, m.RegisterWorker) and self.phase not in (Phase.STARTING, Phase.TRAINING):
+            return self._advance(now_s, [])  # too late
         effects: list[Effect] = list(self.training.handle(peer, message))
         match message:
             case m.FromShard():
@@ -636,6 +640,7 @@ class Lifecycle:
         if not any(p.state != "ended" and p.index in joined | taking_over for p in self.roster.workers()):
             if any(p.code == 0 for p in self.roster.workers()):
                 self.trained_s = now_s
+                self.training.turn_away()
                 self._enter(Phase.SAVING, now_s)
                 return
             if not any(p.state != "ended" for p in self.roster.workers()):
@@ -834,6 +839,7 @@ class Lifecycle:
             "checkpoints": [self._floor, self._newest],
             "begun_again": self._begun_again,
             "non_finite": list(self._non_finite.items()),
+            "origin": self.origin.document(),
             "training": self.training.document(),
         }
 
@@ -841,7 +847,7 @@ class Lifecycle:
     def from_document(cls, job: str, document: dict[str, Any], model: ModelSpec | None, now_s: float) -> Lifecycle:
         """The inverse of :meth:`document`; every wait begins anew, snapshots and exports under way are repeated."""
         spec = JobSpec(**document["spec"])
-        facts = JobFacts.from_document(document["training"]["facts"])
+        facts = JobFacts.from_document(document["origin"])
         self = cls(job, spec, facts, document["base"], document["snapshots"])
         self.training = Training.from_document(document["training"], model, self.checkpoints.folder)
         self._floor, self._newest = document["checkpoints"]

@@ -172,7 +172,7 @@ class JobService:
         try:
             found, _ = checkpoints.newest(self.out)
         except CheckpointError:
-            return job.training.facts  # none yet: from where it began
+            return job.origin
         folder = job.checkpoints.folder(int(os.path.basename(found.folder)))
         return facts_for(job.job, job.spec, found.manifest, folder)
 

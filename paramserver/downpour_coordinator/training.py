@@ -218,6 +218,10 @@ class Training:
         if self.begun and not done:
             self._tell_members(effects)
 
+    def turn_away(self) -> None:
+        """Nobody is let in any more: those who wait come too late for their work to be in the result."""
+        self._waiting.clear()
+
     def worker_lost(self, slot: int) -> list[TrainingEffect]:
         """The worker of ``slot`` has ended without leaving: the shards are told not to wait for it."""
         effects: list[TrainingEffect] = []

@@ -6,20 +6,17 @@ to the job's course: chunks as they were cut, versions, and windows against repe
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from downpour_common.errors import CheckpointError, ProtocolError
 from downpour_common.layout import Layout, ModelSpec
 from downpour_common.tensorfile import TensorFile
 from downpour_server.restore import read_manifest
+from downpour_server.sound import looked_through
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import from_bytes
-
-_READ_BYTES = 16 << 20
 
 
 def recover(folder: str, job: str, shard: int, layout: Layout, chunks: Mapping[int, StoredChunk]) -> int:
@@ -33,25 +30,16 @@ def recover(folder: str, job: str, shard: int, layout: Layout, chunks: Mapping[i
         clock = int(manifest["clock"])
         _check_same(folder, manifest, job, layout)
         entry = _own_entry(folder, manifest["files"], shard, chunks)
-        path, size, digest = os.path.join(folder, entry["file"]), int(entry["bytes"]), str(entry["sha256"])
+        path = os.path.join(folder, entry["file"])
         rows = {int(index): row for index, row in entry["chunks"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, ProtocolError) as error:
         raise CheckpointError(folder, f"has an unusable manifest: {error!r}") from None
-    try:
-        found = os.path.getsize(path)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from None
-    if found != size:
-        raise CheckpointError(path, f"has {found} bytes, the manifest says {size}: it is damaged")
-    with ThreadPoolExecutor(1, "digest") as beside:
-        reading = beside.submit(_sha256, path)
+    with looked_through(folder, [entry]):
         try:
             with TensorFile(path) as file:
                 _fill(file, rows, chunks.values())
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(path, f"does not hold what the manifest says: {error!r}") from None
-        if reading.result() != digest:
-            raise CheckpointError(path, "has another SHA-256 than the manifest says: it is damaged")
     return clock
 
 
@@ -90,14 +78,3 @@ def _fill(file: TensorFile, rows: Mapping[int, Mapping[str, Any]], chunks: Colle
         weights = tensors.pop("weights")
         state = {name: tensor.clone() for name, tensor in tensors.items()}
         stored.restore(weights, {**state, **row["scalars"]}, int(row["version"]), row["windows"])
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ import torch
 from downpour_common.errors import CheckpointError, ProtocolError
 from downpour_common.layout import Chunk, Layout, ModelSpec, plan
 from downpour_common.tensorfile import TensorFile
+from downpour_server.sound import looked_through
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import from_bytes, torch_dtype
 
@@ -60,8 +61,16 @@ def restore(folder: str, layout: Layout, chunks: dict[int, StoredChunk]) -> int:
         raise CheckpointError(folder, "names no file for some of the model's chunks")
     _check_same_tensors(folder, old, layout)
     homes = _homes(old)
+    wanted = {
+        rows[home.index][0]
+        for s in chunks.values()
+        for span in _spans(layout, s.chunk)
+        for home, _ in homes[span.tensor]
+    }
+    entries = [entry for entry in manifest["files"] if entry["file"] in wanted]
     with ExitStack() as stack:
-        files = {name: stack.enter_context(TensorFile(os.path.join(folder, name))) for name, _ in rows.values()}
+        stack.enter_context(looked_through(folder, entries))
+        files = {name: stack.enter_context(TensorFile(os.path.join(folder, name))) for name in sorted(wanted)}
         parts = _parts(rows, files)
         for stored in chunks.values():
             _restore_chunk(stored, layout, old, homes, rows, files, parts)

@@ -103,9 +103,11 @@ def draw(seed: int, kind_name: str) -> Schedule:
     failpoints: list[str] = []
     for _ in range(lot.choice([1, 1, 2, 2, 3])):
         role = lot.choice(kind.victims)
-        index = lot.randrange({"worker": workers, "server": shards * kind.replication}.get(role, 1))
+        if role == "server" and kind.replication > 1:  # while the other one of the two could go on
+            role = lot.choice(["leader", "leader", "backup"])
+        index = lot.randrange(workers if role == "worker" else 1 if role == "coordinator" else shards)
         way = lot.random()
-        if way < 0.25 and kind.where != "cluster" and role != "coordinator":
+        if way < 0.25 and kind.where != "cluster" and role in ("server", "worker"):
             failpoints.append(_failpoint(lot, kind, role, index))
         elif way < 0.4 and role != "coordinator":
             faults.append(

@@ -33,8 +33,8 @@ USER = {
     "CheckpointNow", "ScaleJob", "SubmitJob",
 }  # fmt: skip
 PROCESS = {
-    "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted", "RegisterShard", "RegisterWorker",
-    "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken", "TakeLease",
+    "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted", "RegisterShard",
+    "RegisterWorker", "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken", "TakeLease",
 }  # fmt: skip
 TABLE = {
     "user": USER,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from unit_kit import JOB, model, tensor
@@ -13,8 +14,9 @@ from downpour_common import messages as m
 from downpour_common.config import job_spec
 from downpour_common.layout import ModelSpec
 from downpour_common.modes import parse_mode
+from downpour_coordinator.effects import FindCheckpoint
 from downpour_coordinator.facts import JobFacts
-from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.service import JobService
 
 MODEL = model(tensor("w", 4))
@@ -80,3 +82,14 @@ def test_metrics_are_json_whatever_is_logged_and_logged_once_if_repeated() -> No
     rows = [json.loads(line, parse_constant=_refuse) for line in desk.metrics.getvalue().splitlines()]
     assert len(rows) == 1
     assert (rows[0]["worker"], rows[0]["clock"], rows[0]["accuracy"]) == (0, 3, 0.5)
+
+
+def test_a_job_whose_checkpoints_are_all_damaged_begins_again_where_it_began() -> None:
+    desk = Desk()
+    job = desk.job
+    job.training = job.training.anew(replace(job.training.facts, resume="/nowhere/checkpoints/000007", clock=90))
+    job.phase = Phase.WAITING
+    desk.service.carry_out([FindCheckpoint()])
+    assert (job.training.facts.resume, job.training.facts.clock, job.phase) == ("", 0, Phase.QUEUED)
+    again = Lifecycle.from_document(JOB, job.document(), None, 0.0)
+    assert again.origin == job.origin

@@ -386,6 +386,61 @@ def test_a_backup_that_was_given_up_is_never_promoted() -> None:
     model.push_everywhere()
 
 
+def test_not_even_if_the_leader_dies_before_it_has_ended() -> None:
+    model = Model(restarts=2).start()
+    model.obey = lambda: None  # type: ignore[method-assign]
+    model.servers[2].frozen = True
+    for _ in range(5):
+        model.push(0)
+        model.settle(int(BACKUP_FROZEN_S * 3))
+    assert model.life.training.backups[0].given_up
+    assert not model.servers[0].waiting
+    model.servers[2].frozen = False
+    model.reports()  # it says that it is complete, and believes it
+    while model.up:
+        model.deliver_up()
+    model.dies(0)
+    assert model.life.training.shards[0].process == 0, "it has not been promoted"
+    assert model.life.restarts == 1
+
+
+def test_that_a_backup_may_lead_is_durable_before_anything_follows_from_it() -> None:
+    model = Model(shards=1)
+    while not all(backup.promotable for backup in model.life.training.backups.values()):
+        model.tick(0.1)
+        model.reports()
+        while model.up:
+            model.deliver_up()
+            if all(backup.promotable for backup in model.life.training.backups.values()):
+                break
+            for peer, line in list(model.down.items()):
+                while line:
+                    model.deliver_down(peer)
+        for server in model.servers.values():
+            model.replicate(server)
+    model.restarted()
+    assert model.life.training.backups[0].promotable
+
+
+def test_what_was_complete_in_an_older_term_is_not_complete() -> None:
+    model = Model(restarts=1).start()
+    for _ in range(20):
+        model.settle(2)
+    model.life.training.backups[0].promotable = False  # as if its report had not come yet
+    model.dies(0)
+    assert model.life.training.shards[0].recovers
+    model.reports()
+    while model.up:
+        model.deliver_up()
+    assert not model.life.training.backups[0].promotable
+    model.acknowledged[0].clear()
+    model.carry_out(model.life.shard_checkpoint_found(model.committed[-1], (0,), (), model.now_s))
+    model.settle()
+    assert model.life.degraded == ""
+    assert model.servers[2].follows
+    model.push_everywhere()
+
+
 def test_a_frozen_leader_is_ended_before_another_leads() -> None:
     model = Model().start()
     model.servers[1].frozen = True
