@@ -686,6 +686,10 @@ class Lifecycle:
 
     def _leave(self, now_s: float, effects: list[Effect]) -> None:
         """The workers end; then comes the last checkpoint of an interrupted job, if there is none yet."""
+        if self.failure is not None and (number := self.training.snapshot):
+            # Workers leave in the middle of rounds from now on, which must not be gone back to.
+            self.training.abandon_snapshot()
+            effects.append(ForgetSnapshot(number))
         if self._to_tell:  # so that a script which gets SIGTERM does not try to leave a job that ends in good order
             effects.extend(self.training.ask_to_stop(self._to_tell))
             self._to_tell, self._told_s = "", now_s

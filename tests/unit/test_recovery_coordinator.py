@@ -751,3 +751,14 @@ def test_only_what_the_shard_needs_is_looked_at(tmp_path: Path) -> None:
     assert (number, len(skipped)) == (2, 1)
     assert os.fspath(path) in skipped[0]
     assert checkpoints.newest_for(str(tmp_path), 2, (0,))[0] == 0, "those of before are not this run's"
+
+
+def test_a_checkpoint_under_way_when_the_job_fails_does_not_count() -> None:
+    world = World(shards=2, restarts=0).start()
+    world.deaf.add(("server", 0))
+    world.wait(70.0, step_s=5.0)
+    number = world.life.training.snapshot
+    assert number
+    world.end(("worker", 1), -9)
+    assert world.phase is Phase.LEAVING
+    assert (world.life.training.snapshot, world.dropped[-1]) == (0, number)
