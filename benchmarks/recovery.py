@@ -78,7 +78,10 @@ def _recoveries(case: Case, timeout_s: float) -> dict[str, Any]:
             documents.append(job.end())
         finally:
             job.close()
-    return summary(case, found, documents, control)
+    row = summary(case, found, documents, control)
+    if case.victim == "leader" and row["restarts"]:
+        raise ContenderError(f"{case.name}: a backup had not caught up in time: {documents[0]['warnings']}")
+    return row
 
 
 def _cost(cost: Cost, pairs: int, timeout_s: float) -> tuple[dict[str, Any], dict[str, str]]:

@@ -64,7 +64,8 @@ CASES = [
     *(Case("shard", "async", model, checkpoint_s=5.0, settle_s=9.0) for model in MODELS),
     # A job that begins again a second time in a row waits before it does.
     *(Case("shard", "sync", model, jobs=5, kills=1, checkpoint_s=5.0) for model in MODELS),
-    *(Case("leader", mode, model) for mode in MODES for model in MODELS),
+    # Each time, a new backup must have caught up, or it is the death of a shard without one.
+    *(Case("leader", mode, model, kills=3, settle_s=12.0) for mode in MODES for model in MODELS),
     *(Case("worker", mode, model) for mode in MODES for model in MODELS),
 ]
 

@@ -405,7 +405,9 @@ def test_not_even_if_the_leader_dies_before_it_has_ended() -> None:
 
 
 def test_that_a_backup_may_lead_is_durable_before_anything_follows_from_it() -> None:
-    model = Model(shards=1)
+    model = Model(shards=1).start()
+    model.dies(1)
+    model.tick(0.1)
     while not all(backup.promotable for backup in model.life.training.backups.values()):
         model.tick(0.1)
         model.reports()
