@@ -713,10 +713,8 @@ class Lifecycle:
             error = "a shard is gone"
         elif not self._committed and now_s - self._since_s > limit_s:
             error = f"the shards did not answer within {limit_s:g} s"
-        elif coming and not self._committed:
-            pass
-        elif not self._awaited and not self.checkpoints.may_retry(now_s):
-            pass
+        elif (coming and not self._committed) or not (self._awaited or self.checkpoints.may_retry(now_s)):
+            pass  # soon
         elif not self._awaited:
             self._awaited = self.checkpoints.begin(self.training, now_s, effects, final=True)
             if not self._awaited:

@@ -16,8 +16,8 @@ _READ_BYTES = 16 << 20
 
 @contextmanager
 def looked_through(folder: str, entries: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-    """Raises :class:`CheckpointError` at the start if a file of these ``entries`` of a manifest is missing or has another
-    size, and at the end, instead of whatever was found wrong meanwhile, if one has another SHA-256."""
+    """Raises :class:`CheckpointError` at the start if a file of these ``entries`` of a manifest is missing or has
+    another size, and at the end, instead of whatever was found wrong meanwhile, if one has another SHA-256."""
     expected = {os.path.join(folder, e["file"]): (int(e["bytes"]), str(e["sha256"])) for e in entries}
     for path, (size, _) in expected.items():
         try:

@@ -133,7 +133,9 @@ def test_what_does_not_belong_here_is_refused(driver: ShardDriver) -> None:
     assert refusal(stage(driver, ONES, job="another"))[0] == Refusal.WRONG_JOB
     assert held(driver) == 0
     staged = stage(driver, ONES)
-    assert refusal(push(driver, staged, ONES, shard_epoch=4))[0] == Refusal.STALE_EPOCH
+    assert refusal(push(driver, staged, ONES, shard_epoch=6))[0] == Refusal.STALE_EPOCH
+    staged = stage(driver, ONES)
+    assert push(driver, staged, ONES, shard_epoch=4) is None, "it comes again"
     assert refusal(push(driver, staged, ONES, chunk=9))[0] == Refusal.NOT_STAGED
 
 
