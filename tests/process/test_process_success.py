@@ -37,6 +37,10 @@ KEYS = {
     "out": str,
     "model": str,
     "warnings": list,
+    "restarts": int,
+    "lost_pushes": int,
+    "lost": dict,
+    "non_finite": dict,
     "failure": type(None),
 }
 EPOCHS, SAMPLES = 3, 160
