@@ -49,7 +49,7 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
         "staleness": quantiles(training.staleness()),
         "torn_samples": training.torn_samples(),
         "degraded": life.degraded,
-        "checkpointing": life.checkpoints.document(now_s),
+        "checkpointing": life.checkpoints.document(now_s if record.ended_s is None else record.ended_s),
         "lost_pushes": outcome.lost_pushes,
         "warnings": life.remarks,
         "exit_code": outcome.exit_code if life.over else None,
