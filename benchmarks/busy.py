@@ -10,13 +10,12 @@ import argparse
 import statistics
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.busy import BusyJob
-from bench_lib.documents import write_document
+from bench_lib.documents import head, write_document
 
 WAYS = {"memory": (), "tcp": ("--set", "transport=tcp")}
 REPEATS = 5
@@ -46,10 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.print(_table(rows, options))
     if options.json is not None:
         document = {
-            "schema": SCHEMA,
-            "benchmark": "busy",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": asdict(facts),
+            **head("busy", SCHEMA, facts),
             "settings": {"megabytes": options.mb, "runs": options.runs, "repeats": REPEATS},
             "aim": AIM,
             "results": rows,

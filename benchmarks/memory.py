@@ -10,12 +10,11 @@ import argparse
 import sys
 from collections.abc import Set
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import MB, ContenderError
-from bench_lib.documents import write_document
+from bench_lib.documents import head, write_document
 from bench_lib.peaks import Peak, Watch
 from bench_lib.training import Optimizer, Trainer, TrainingContender, Workload
 from downpour_common.config import Settings
@@ -79,10 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.print(_table(rows))
     if options.json is not None:
         document = {
-            "schema": SCHEMA,
-            "benchmark": "memory",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": asdict(facts),
+            **head("memory", SCHEMA, facts),
             "settings": {"model_bytes": MODEL_BYTES, "steps": options.steps},
             "results": [{**asdict(r), "worker_passed": r.passed[0], "shard_passed": r.passed[1]} for r in rows],
         }

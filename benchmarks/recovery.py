@@ -7,17 +7,15 @@ says what is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import ContenderError
-from bench_lib.documents import write_document
+from bench_lib.documents import before, head, write_document
 from bench_lib.machine import Machine
 from bench_lib.recovery import CASES, COSTS, NAMES, QUICK, Case, Cost, paired, summary
 from bench_lib.recovery_job import RecoveryJob
@@ -103,15 +101,10 @@ def _cost(cost: Cost, pairs: int, timeout_s: float) -> tuple[dict[str, Any], dic
 
 def _write(path: Path, facts: Machine, results: dict[str, dict[str, Any]], failed: dict[str, str]) -> None:
     """Put the results into the file in one step; others in it stay."""
-    document: dict[str, Any] = {"schema": SCHEMA, "benchmark": "recovery", "recoveries": {}, "costs": {}, "failed": {}}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if (before.get("schema"), before.get("benchmark")) == (SCHEMA, "recovery"):
-            document = before
+    document = {"recoveries": {}, "costs": {}, "failed": {}, **before(path, "recovery", SCHEMA)}
     done = {name for rows in results.values() for name in rows}
     document |= {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(facts),
+        **head("recovery", SCHEMA, facts),
         "failed": {name: why for name, why in {**document["failed"], **failed}.items() if name not in done},
     }
     for section, rows in results.items():

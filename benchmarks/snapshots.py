@@ -13,13 +13,12 @@ import statistics
 import sys
 import threading
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench_lib.arguments import at_least_one, writable
 from bench_lib.contender import ContenderError
-from bench_lib.documents import write_document
+from bench_lib.documents import before, head, write_document
 from bench_lib.idle import STIME, UTIME, descendants
 from bench_lib.training import Optimizer, Trainer, TrainingContender, Workload
 
@@ -122,10 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     terminal.print(_table(rows))
     if options.json is not None:
         document = {
-            "schema": SCHEMA,
-            "benchmark": "snapshots",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": asdict(facts),
+            **head("snapshots", SCHEMA, facts),
             "settings": {"interval_s": INTERVAL_S, "pairs": options.pairs, "steps": options.steps},
             "results": _merged(options.json, [{**asdict(row), "overhead": row.overhead} for row in rows]),
         }
@@ -135,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """``rows``, and those of other jobs that are in the file already."""
-    there: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
+    there: list[dict[str, Any]] = before(path, "snapshots", SCHEMA).get("results", [])
     by_key = {(row["optimizer"], row["name"]): row for row in (*there, *rows)}
     return [by_key[key] for key in sorted(by_key, reverse=True)]
 

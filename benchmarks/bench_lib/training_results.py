@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from bench_lib.documents import write_document
+from bench_lib.documents import before, write_document
 from bench_lib.machine import Machine
 from bench_lib.runner import Outcome
 from bench_lib.training import Trainer, Workload
@@ -142,10 +140,6 @@ def _look(aim: Aim, by_name: Mapping[str, Trained]) -> Reached | None:
 
 def write_json(sections: list[Section], path: Path) -> None:
     """Put the sections into the file in one step; sections of other workloads in it stay."""
-    document: dict[str, Any] = {"schema": SCHEMA, "benchmark": "training", "sections": {}}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if (before.get("schema"), before.get("benchmark")) == (SCHEMA, "training"):
-            document = before
+    document = before(path, "training", SCHEMA) or {"schema": SCHEMA, "benchmark": "training", "sections": {}}
     document["sections"].update({section.workload.name: asdict(section) for section in sections})
     write_document(path, document)

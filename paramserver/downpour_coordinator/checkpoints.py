@@ -15,16 +15,16 @@ from typing import Any
 from downpour_common.durable import make_folders, sync
 from downpour_common.errors import CheckpointError
 from downpour_common.tensorfile import write_atomically
-from downpour_coordinator.manifest import decode, encode
+from downpour_coordinator.manifest import encode
 from downpour_coordinator.sources import (
     MANIFEST,
     FolderSource,
     Source,
+    committed,
     file_problems,
     folder_of,
-    manifest_bytes,
+    manifest_of,
     numbers,
-    verified,
 )
 
 __all__ = ["MANIFEST", "Checkpoint", "commit", "committed", "folder_of", "load", "newest", "numbers", "prune", "remove"]
@@ -57,11 +57,6 @@ def commit(folder: str, manifest: dict[str, Any]) -> None:
     write_atomically(os.path.join(folder, MANIFEST), lambda file: file.write(data))
 
 
-def committed(run: str) -> list[int]:
-    """Numbers of the run's committed checkpoints, ascending."""
-    return [n for n in numbers(run) if os.path.exists(os.path.join(folder_of(run, n), MANIFEST))]
-
-
 def load(folder: str) -> Checkpoint:
     """Read and verify one checkpoint. Raises :class:`CheckpointError` naming what is damaged."""
     source = FolderSource(folder)
@@ -69,7 +64,7 @@ def load(folder: str) -> Checkpoint:
     path = os.path.join(folder, MANIFEST)
     if source.only is None:
         raise CheckpointError(path, "is missing")
-    manifest = decode(manifest_bytes(source, number), path)
+    manifest = manifest_of(source, number)
     if problems := file_problems(source, number, manifest):
         first, *others = problems
         raise first if not others else CheckpointError(folder, "; ".join(map(str, problems)))
@@ -99,16 +94,14 @@ def newest_for(run: str, after: int, shards: Sequence[int]) -> tuple[int, tuple[
     skipped: list[str] = []
     for number in reversed([n for n in source.numbers() if n > after]):
         try:
-            manifest = decode(manifest_bytes(source, number), source.where(number, MANIFEST))
-            entries = [manifest.files[shard] for shard in shards]
-            for entry in entries:
-                for _ in verified(source, number, entry, manifest.layout):
-                    pass
-            return number, tuple(skipped)
+            problems = file_problems(source, number, manifest_of(source, number), shards)
         except IndexError:
-            skipped.append(f"{source.where(number, MANIFEST)}: has other shards")
+            problems = [CheckpointError(source.where(number, MANIFEST), "has other shards")]
         except CheckpointError as error:
-            skipped.append(str(error))
+            problems = [error]
+        if not problems:
+            return number, tuple(skipped)
+        skipped.append(str(problems[0]))
     return 0, tuple(skipped)
 
 

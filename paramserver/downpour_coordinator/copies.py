@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from downpour_common.errors import CheckpointError
 from downpour_coordinator.checkpointing import Copying
-from downpour_coordinator.manifest import Manifest, decode
-from downpour_coordinator.sources import MANIFEST, FolderSource, manifest_bytes
+from downpour_coordinator.manifest import Manifest
+from downpour_coordinator.sources import MANIFEST, FolderSource, manifest_of
 from downpour_coordinator.urls import UrlStore
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
@@ -121,12 +121,12 @@ class Copies:
                 self._store = None
                 raise CheckpointError(self.state.url, "is a checkpoint itself; give another URL")
         store, source = self._store, self._source
-        here = decode(manifest_bytes(source, number), source.where(number, MANIFEST))
+        here = manifest_of(source, number)
         self._ours[number] = str(here.fields.get("job"))
         for each in source.numbers():
             if each not in self._ours:
                 with suppress(CheckpointError):  # a damaged one
-                    found = decode(manifest_bytes(source, each), source.where(each, MANIFEST))
+                    found = manifest_of(source, each)
                     self._ours[each] = str(found.fields.get("job"))
         there = self._manifest_there(number)
         if there is None or there.fields != here.fields:

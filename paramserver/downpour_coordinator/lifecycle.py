@@ -513,14 +513,20 @@ class Lifecycle:
 
     def _give_up_snapshot(self, process: Process, now_s: float, effects: list[Effect]) -> None:
         """It has ended with a part of the snapshot under way."""
-        if number := self.training.snapshot:
-            self.training.abandon_snapshot()
-            effects.append(ForgetSnapshot(number))
+        if self._drop_snapshot(effects):
             self.checkpoints.wait_from(now_s)
             self.checkpoints.wish(f"after {process.name} {process.epoch}")
             self._awaited = 0
         if self.phase is Phase.SAVING:
             self._since_s = now_s
+
+    def _drop_snapshot(self, effects: list[Effect]) -> bool:
+        """The snapshot under way, if there is one, is not to count."""
+        number = self.training.snapshot
+        if number:
+            self.training.abandon_snapshot()
+            effects.append(ForgetSnapshot(number))
+        return bool(number)
 
     def _begin_again(self, failure: Failure, now_s: float, paid: bool = False) -> None:
         """The job ends, and begins again from its last checkpoint if it may. ``paid``: this failure has cost a restart
@@ -686,10 +692,8 @@ class Lifecycle:
 
     def _leave(self, now_s: float, effects: list[Effect]) -> None:
         """The workers end; then comes the last checkpoint of an interrupted job, if there is none yet."""
-        if self.failure is not None and (number := self.training.snapshot):
-            # Workers leave in the middle of rounds from now on, which must not be gone back to.
-            self.training.abandon_snapshot()
-            effects.append(ForgetSnapshot(number))
+        if self.failure is not None:
+            self._drop_snapshot(effects)  # workers leave in the middle of rounds, which must not be gone back to
         if self._to_tell:  # so that a script which gets SIGTERM does not try to leave a job that ends in good order
             effects.extend(self.training.ask_to_stop(self._to_tell))
             self._to_tell, self._told_s = "", now_s

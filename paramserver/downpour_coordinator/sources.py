@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,6 +81,11 @@ def manifest_bytes(source: Source, number: int) -> bytes:
     return b"".join(parts)
 
 
+def manifest_of(source: Source, number: int) -> Manifest:
+    """A checkpoint's manifest. Raises :class:`CheckpointError`."""
+    return decode(manifest_bytes(source, number), source.where(number, MANIFEST))
+
+
 def examine(source: Source, number: int, files: bool = True) -> Found:
     """What there is of a checkpoint and what is wrong with it; ``files``: read all of it, else the manifest alone."""
     written_s = None
@@ -88,7 +93,7 @@ def examine(source: Source, number: int, files: bool = True) -> Found:
         written_s = source.written_s(number)
     place = source.where(number, "")
     try:
-        manifest = decode(manifest_bytes(source, number), source.where(number, MANIFEST))
+        manifest = manifest_of(source, number)
     except CheckpointError as error:
         return Found(number, place, None, written_s, (str(error),), files)
     told_s = manifest.fields.get("committed_s")
@@ -97,10 +102,15 @@ def examine(source: Source, number: int, files: bool = True) -> Found:
     return Found(number, place, manifest, written_s, tuple(map(str, problems)), files)
 
 
-def file_problems(source: Source, number: int, manifest: Manifest) -> list[CheckpointError]:
-    """What is wrong with the checkpoint's files; empty when all is well."""
+def file_problems(
+    source: Source, number: int, manifest: Manifest, shards: Sequence[int] | None = None
+) -> list[CheckpointError]:
+    """What is wrong with the checkpoint's files, or with those of these ``shards``; empty when all is well.
+
+    Raises ``IndexError`` for a shard that it has no file of.
+    """
     problems = []
-    for entry in manifest.files:
+    for entry in manifest.files if shards is None else [manifest.files[shard] for shard in shards]:
         try:
             for _ in verified(source, number, entry, manifest.layout):
                 pass
@@ -168,8 +178,7 @@ class FolderSource:
         """See :class:`Source`."""
         if self.only is not None:
             return [self.only]
-        found = numbers(self.place)
-        return [n for n in found if os.path.exists(self.where(n, MANIFEST))]
+        return committed(self.place)
 
     def where(self, number: int, name: str) -> str:
         """See :class:`Source`."""
@@ -199,6 +208,11 @@ def numbers(run: str) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(n for n in map(number_of, names) if n is not None)
+
+
+def committed(run: str) -> list[int]:
+    """Numbers of the run's committed checkpoints, ascending."""
+    return [n for n in numbers(run) if os.path.exists(os.path.join(folder_of(run, n), MANIFEST))]
 
 
 # ---------------------------------------------------------------- from elsewhere to a folder

@@ -20,6 +20,7 @@ from downpour_coordinator.sources import (
     FolderSource,
     fetch,
     manifest_bytes,
+    manifest_of,
     number_of,
     verified,
 )
@@ -101,7 +102,7 @@ class UrlStore:
         """The checkpoint's, None where there is none. Raises :class:`CheckpointError` for one that is damaged."""
         if not self._exists(self._path(number, MANIFEST)):
             return None
-        return decode(manifest_bytes(self, number), self.where(number, MANIFEST))
+        return manifest_of(self, number)
 
     # ------------------------------------------------------------ writing
 

@@ -49,10 +49,6 @@ class Members:
         """Slots that have no more in this epoch."""
         return frozenset(self._ended)
 
-    def epoch_of(self, slot: int) -> int | None:
-        """Of the worker in ``slot``; None while nobody has spoken there, or where there is no such member."""
-        return self._epochs.get(slot)
-
     def awaited(self) -> list[int]:
         """Slots that owe the open round a contribution, ascending. Not to be changed by the caller."""
         return self._awaited

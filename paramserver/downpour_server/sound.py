@@ -11,8 +11,6 @@ from typing import Any
 
 from downpour_common.errors import CheckpointError
 
-_READ_BYTES = 16 << 20
-
 
 @contextmanager
 def looked_through(folder: str, entries: Iterable[Mapping[str, Any]]) -> Iterator[None]:
@@ -37,11 +35,8 @@ def looked_through(folder: str, entries: Iterable[Mapping[str, Any]]) -> Iterato
 
 
 def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()

@@ -17,6 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
+
+import downpour.client.thread
+import downpour.control
+import downpour_server.service
+import downpour_server.upload
 from downpour.context import WorkerContext
 from downpour.drain import EXIT_CODE
 from downpour.session import Session
@@ -53,6 +59,19 @@ CONTEXT = WorkerContext(
     start_timeout_s=30.0,
 )
 LONG_S = 40.0
+
+
+def repeat_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all processes repeat every few hundredths of a second what they repeat every few seconds."""
+    monkeypatch.setattr(downpour.client.thread, "TICK_S", 0.01)
+    monkeypatch.setattr(downpour.client.thread, "LOOK_S", 0.01)
+    monkeypatch.setattr(downpour.client.thread, "REPEAT_S", 0.05)
+    monkeypatch.setattr(downpour.control, "REPEAT_S", 0.05)
+    monkeypatch.setattr(downpour_server.service, "REPORT_S", 0.05)
+    monkeypatch.setattr(downpour_server.service, "REGISTER_S", 0.05)
+    monkeypatch.setattr(downpour_server.upload, "ASK_S", 0.05)
+
+
 Body = Callable[[Session], object]
 
 

@@ -15,15 +15,11 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-import downpour.client.thread
-import downpour.control
-import downpour_server.service
-import downpour_server.upload
 from downpour.context import WorkerContext
 from downpour.session import Session
 from downpour_common.errors import PeerRefused
 from downpour_coordinator.snapshots import CommitSnapshot
-from harness import CONTEXT, Job, Killed, make_job
+from harness import CONTEXT, Job, Killed, make_job, repeat_at_once
 
 MODES = ["async", "ssp:2", "sync"]
 MEETING = ["async", "ssp:50", "sync"]
@@ -47,13 +43,7 @@ class Stream(IterableDataset[torch.Tensor]):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is repeated every two seconds is repeated at once."""
-    monkeypatch.setattr(downpour.client.thread, "TICK_S", 0.01)
-    monkeypatch.setattr(downpour.client.thread, "LOOK_S", 0.01)
-    monkeypatch.setattr(downpour.client.thread, "REPEAT_S", 0.05)
-    monkeypatch.setattr(downpour.control, "REPEAT_S", 0.05)
-    monkeypatch.setattr(downpour_server.service, "REPORT_S", 0.05)
-    monkeypatch.setattr(downpour_server.service, "REGISTER_S", 0.05)
-    monkeypatch.setattr(downpour_server.upload, "ASK_S", 0.05)
+    repeat_at_once(monkeypatch)
 
 
 Hook = Callable[[Session, int, int], None]

@@ -16,26 +16,16 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import downpour.client.thread
-import downpour.control
 import downpour.randomness
-import downpour_server.service
-import downpour_server.upload
 from downpour.context import WorkerContext
 from downpour.session import Session
-from harness import CONTEXT, Job, make_job
+from harness import CONTEXT, Job, make_job, repeat_at_once
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is repeated every two seconds is repeated at once."""
-    monkeypatch.setattr(downpour.client.thread, "TICK_S", 0.01)
-    monkeypatch.setattr(downpour.client.thread, "LOOK_S", 0.01)
-    monkeypatch.setattr(downpour.client.thread, "REPEAT_S", 0.05)
-    monkeypatch.setattr(downpour.control, "REPEAT_S", 0.05)
-    monkeypatch.setattr(downpour_server.service, "REPORT_S", 0.05)
-    monkeypatch.setattr(downpour_server.service, "REGISTER_S", 0.05)
-    monkeypatch.setattr(downpour_server.upload, "ASK_S", 0.05)
+    repeat_at_once(monkeypatch)
 
 
 # ---------------------------------------------------------------- shards: a ledger in the weights
