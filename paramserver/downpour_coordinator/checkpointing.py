@@ -16,7 +16,9 @@ from downpour_coordinator.effects import Effect, ForgetSnapshot, Prune
 from downpour_coordinator.training import Training
 
 RETRY_S = 5.0
-"""Longest time before a checkpoint that failed is tried again; time before a request for one is repeated."""
+"""Longest time before a checkpoint that failed is tried again."""
+REPEAT_S = 2.0
+"""Time before a request that has no answer is repeated: often enough that a job's end outlasts lost messages."""
 FIRST_RETRY_S = 0.1
 UNKNOWN_S = 30.0
 """``auto``: time to the first one, of which nobody knows yet what it costs."""
@@ -153,7 +155,7 @@ class Checkpointing:
 
     def repeat(self, training: Training, now_s: float, effects: list[Effect]) -> None:
         """Ask again those that have not answered, now and then."""
-        if now_s - self._asked_s > RETRY_S:
+        if now_s - self._asked_s > REPEAT_S:
             self._asked_s = now_s
             effects.extend(training.repeat_snapshot())
 

@@ -250,6 +250,26 @@ def test_shards_that_do_not_answer_at_the_end() -> None:
     assert _fails(world).reason == "RESULT_NOT_WRITTEN"
 
 
+@pytest.mark.parametrize(("interrupted", "limit_s", "fewest"), [(False, 30.0, 10), (True, KEEP_S, 4)])
+def test_a_few_lost_messages_do_not_lose_the_last_checkpoint(interrupted: bool, limit_s: float, fewest: int) -> None:
+    """What it may take is short, and any request or answer may be lost: there are many attempts in that time."""
+    world = World().start()
+    world.deaf.add(("server", 0))
+    if interrupted:
+        world.stop()
+    else:
+        world.leave(0)
+        world.leave(1)
+    world.wait(limit_s - 3.0, 0.25)
+    asked = told(world, "server", 0, m.TakeSnapshot)
+    assert len(set(map(str, asked))) == 1, "one attempt, under one number"
+    assert len(asked) >= fewest
+    world.deaf.clear()
+    world.wait(3.0, 0.25)
+    assert len(world.committed) == 1
+    over(world, *(("CANCELLED", "INTERRUPTED") if interrupted else ("SUCCEEDED", "")))
+
+
 def test_an_error_reported_by_an_earlier_process_is_not_this_ones() -> None:
     world = World(restarts=1).start()
     world.fails(1, "ValueError: no")
