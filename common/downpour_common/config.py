@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from downpour_common.errors import ConfigError
 from downpour_common.modes import Mode, parse_mode
+from downpour_common.replicas import Schedule, multiple_of_ranks
 from downpour_common.sizes import parse_bytes
 
 # ---------------------------------------------------------------- kinds of values
@@ -55,6 +56,13 @@ def _interval(value: object) -> object:
     if not 0 <= seconds < math.inf:
         raise ValueError("auto, or seconds, 0 or more")
     return seconds
+
+
+def _widths(value: object) -> object:
+    """One number, or a text such as ``1,2``, as the list that it means."""
+    if isinstance(value, str):
+        return value.split(",")
+    return [value] if isinstance(value, int) else value
 
 
 def _copies_url(text: str) -> str:
@@ -97,6 +105,8 @@ EnvValue = Annotated[str, AfterValidator(_without_nul)]
 ByteCount = Annotated[int, BeforeValidator(_bytes_from_text)]
 """Bytes as a number, or as a text such as ``512MiB``."""
 Labels = dict[LabelName, LabelValue]
+Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(_widths), Field(min_length=1)]
+"""Ranks per stage of a pipeline; one number stands for all stages."""
 
 
 class _Description(BaseModel):
@@ -144,6 +154,14 @@ class Settings(_Description):
         False,
         description="async: the answer to a push is fetched while the next step computes, on weights one step older",
     )
+    fetch: Literal["whole", "layers"] = Field(
+        "whole",
+        description="layers: weights come layer by layer before they are used and go after, gradients leave during "
+        "backward, so that a model may be larger than a worker's memory",
+    )
+    memory: ByteCount = Field(
+        0, ge=0, description="fetch=layers: bytes of weights and gradients that a worker holds at most; 0: chosen"
+    )
     in_place: bool = Field(True, description="with one worker and shared memory: train on the servers' own weights")
     port: int = Field(0, ge=0, le=65535, description="tcp: the coordinator's port, 0 for a free one")
     timeout_s: float = Field(600.0, gt=0, description="deadline of a push, pull, round or barrier")
@@ -163,6 +181,13 @@ class Settings(_Description):
         "fail",
         description="a gradient with NaN or Inf: the script fails; it is left out; its worker leaves the job as well; "
         "the job begins again from its last checkpoint",
+    )
+    autocast: Literal["off", "bfloat16", "float16"] = Field(
+        "off",
+        description="the model computes in this where torch.autocast finds it safe; weights and gradients stay fp32",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="repeated blocks of the model keep only their input, and compute again for backward"
     )
     grace_s: float = Field(5.0, ge=0, description="time between SIGTERM and SIGKILL for a script that is stopped")
 
@@ -187,6 +212,11 @@ class JobSpec(_Description):
     workers: int = Field(ge=1, le=4096)
     min_workers: int | None = Field(None, ge=1, le=4096, description="fewest to go on with; none: all of them")
     shards: int = Field(ge=1, le=4096)
+    tensor: Widths = Field((1,), description="workers that share each stage's layers; one number, or one per stage")
+    pipeline: int = Field(1, ge=1, le=4096, description="stages of the pipeline that a replica of the model is")
+    schedule: Schedule = "1f1b"
+    microbatches: int = Field(0, ge=0, le=65536, description="parts of a batch; 0: twice the stages, 1 without any")
+    interleave: int = Field(2, ge=2, le=64, description="schedule interleaved: stages of each rank")
     mode: str = "async"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0, le=4096, description="OMP_NUM_THREADS of each process; 0: chosen on its host")
@@ -196,6 +226,7 @@ class JobSpec(_Description):
     replication: int = Field(
         1, ge=1, le=2, description="2: each shard has a backup that knows all that is acknowledged"
     )
+    trace: bool = Field(False, description="record what each worker does when, for downpour trace and report")
     out: str = Field("", description="run directory; empty, in a cluster: the coordinator's own place for the job")
     resume: str | None = None
     settings: Settings = Settings()
@@ -215,6 +246,21 @@ class JobSpec(_Description):
     def parsed_mode(self) -> Mode:
         """``mode``, parsed."""
         return parse_mode(self.mode)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Ranks of each stage of a replica, the first stage first."""
+        return self.tensor * self.pipeline if len(self.tensor) == 1 else self.tensor
+
+    @property
+    def ranks(self) -> int:
+        """Workers that are one replica of the model together."""
+        return sum(self.widths)
+
+    @property
+    def replicas(self) -> int:
+        """Replicas of the model, which the servers keep together."""
+        return self.workers // self.ranks
 
     @property
     def fewest_workers(self) -> int:
@@ -241,6 +287,7 @@ def job_spec(**fields: Any) -> JobSpec:
     except ValidationError as error:
         raise ConfigError(*describe(error)) from None
     settings, problems = spec.settings, []
+    problems += _of_layers(spec)
     if settings.fetch_ahead and (spec.parsed_mode.name, settings.n_push, settings.n_fetch) != ("async", 1, 1):
         problems.append("settings: fetch_ahead belongs to mode async with n_push=1 and n_fetch=1")
     if spec.parsed_mode.name != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
@@ -249,9 +296,48 @@ def job_spec(**fields: Any) -> JobSpec:
         problems.append("settings.port: only for transport=tcp; add --set transport=tcp")
     if spec.fewest_workers > spec.workers:
         problems.append(f"min_workers: at most workers, which is {spec.workers} (found {spec.min_workers})")
+    problems += _of_replicas(spec)
     if problems:
         raise ConfigError(*problems)
     return spec
+
+
+def _of_layers(spec: JobSpec) -> list[str]:
+    """What is wrong with fetching layer by layer."""
+    settings = spec.settings
+    if settings.fetch == "whole":
+        return ["settings.memory: belongs to fetch=layers; add --set fetch=layers"] if settings.memory else []
+    apart = {
+        "n_push and n_fetch": (settings.n_push, settings.n_fetch) != (1, 1),
+        "fetch_ahead": settings.fetch_ahead,
+        "autocast": settings.autocast != "off",
+        "tensor and pipeline": spec.ranks > 1,
+    }
+    return [f"settings.fetch: layers goes without {what}; leave one out" for what, given in apart.items() if given]
+
+
+def _of_replicas(spec: JobSpec) -> list[str]:
+    """What is wrong with replicas that are groups of workers."""
+    problems = []
+    if len(spec.tensor) not in (1, spec.pipeline):
+        problems.append(
+            f"tensor: one number, or one for each of the {spec.pipeline} stage(s) of the pipeline (found "
+            f"{len(spec.tensor)}); --pipeline {len(spec.tensor)} makes as many stages"
+        )
+    elif spec.ranks > 1:
+        problems += [
+            f"{name}: a replica has {spec.ranks} workers, so give a multiple of {spec.ranks}, such as "
+            f"{multiple_of_ranks(count, spec.ranks)} (found {count})"
+            for name, count in (("workers", spec.workers), ("min_workers", spec.fewest_workers))
+            if count % spec.ranks and not (name == "min_workers" and spec.min_workers is None)
+        ]
+        if spec.settings.fetch_ahead:
+            problems.append("settings: fetch_ahead belongs to replicas of one worker each, without tensor and pipeline")
+    if spec.pipeline == 1 and spec.schedule != "1f1b":
+        problems.append(f"schedule: {spec.schedule} needs a pipeline of 2 stages or more; add --pipeline 2")
+    if spec.schedule != "interleaved" and spec.interleave != 2:
+        problems.append(f"interleave: belongs to schedule interleaved (found {spec.schedule})")
+    return problems
 
 
 def parse_settings(assignments: Iterable[str]) -> dict[str, str]:

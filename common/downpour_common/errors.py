@@ -9,7 +9,8 @@
     ├── ProtocolError          a message is malformed or out of place
     ├── PeerError              another process did not do its part
     │   ├── PeerTimeout        … within its deadline
-    │   └── PeerRefused        … and said why
+    │   ├── PeerRefused        … and said why
+    │   └── MateLost           another rank of the same replica has ended, or does not answer
     ├── NonFiniteContribution  a gradient holds NaN or Inf
     ├── CheckpointError        a checkpoint cannot be written, read or used (exit code 74)
     ├── BundleError            a script's folder cannot travel, or what came is not what was sent
@@ -80,6 +81,14 @@ class PeerRefused(PeerError):
         self.code = code
         self.reason = reason
         super().__init__(peer, f"{peer}: {reason}")
+
+
+class MateLost(PeerError):
+    """Another rank of this worker's replica has ended, or has not done its part in time (``late``)."""
+
+    def __init__(self, peer: str, late: bool, message: str) -> None:
+        self.late = late
+        super().__init__(peer, message)
 
 
 class NonFiniteContribution(DownpourError):

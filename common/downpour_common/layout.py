@@ -1,136 +1,42 @@
 """The parameter space: which byte of the model lives on which shard, in which chunk.
 
 Every process computes the layout for itself from the same :class:`ModelSpec`, so only the specification
-travels. Tensors of one kind, dtype and parameter group form a *segment*, a flat vector in the reverse of the
-model's own order (what backward finishes first comes first). Each kind's segments, laid end to end, are cut
-into ``shards`` ranges of equal bytes; big tensors are split, so balance holds by construction. Ranges are cut
+travels. Tensors of one kind, cell, dtype and parameter group form a *segment*, a flat vector in the reverse of the
+model's own order (what backward finishes first comes first). The segments of each kind and cell, laid end to end,
+are cut into ``shards`` ranges of equal bytes; big tensors are split, so balance holds by construction. Ranges are cut
 into chunks, the unit of transfer, application and versioning; a chunk never spans two segments.
+
+A *cell* is what some worker moves apart from the rest: the parts of one rank of a replica, or a layer. There is one,
+unless the specification says otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
-from typing import Any, Literal, get_args
+from itertools import groupby
 
-from downpour_common.dtypes import TRAINABLE, itemsize
-from downpour_common.errors import ProtocolError
+from downpour_common.dtypes import itemsize
+from downpour_common.model import KINDS, Kind, ModelSpec, TensorSpec
+from downpour_common.parts import Part
 
-Kind = Literal["trainable", "buffer", "frozen"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of the model.
-
-    ``name`` is its first name in the state dict, ``aliases`` its further names (tied weights); ``group`` is the
-    index of its optimizer parameter group, -1 where it has none.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    kind: Kind
-    group: int = -1
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes."""
-        return self.numel * itemsize(self.dtype)
-
-    def describe(self) -> str:
-        """For error messages: what this tensor is."""
-        group = f", parameter group {self.group}" if self.group >= 0 else ""
-        return f"{self.name} ({self.kind} {self.dtype}{list(self.shape)}{group})"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What all workers of a job must agree on: tensors, update rule, rule for buffers.
-
-    ``rule`` is the update rule's registry name, ``options`` holds for each parameter group the options that the
-    rule is made with (plain numbers, booleans and lists).
-    """
-
-    tensors: tuple[TensorSpec, ...]
-    rule: str
-    options: tuple[Mapping[str, Any], ...]
-    buffers: str
-
-    def to_wire(self) -> dict[str, Any]:
-        """A document of plain values for msgpack and JSON."""
-        return {
-            "tensors": [[t.name, list(t.aliases), list(t.shape), t.dtype, t.kind, t.group] for t in self.tensors],
-            "rule": self.rule,
-            "options": [dict(o) for o in self.options],
-            "buffers": self.buffers,
-        }
-
-    @classmethod
-    def from_wire(cls, document: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of :meth:`to_wire`; raises :class:`ProtocolError` for anything malformed."""
-        try:
-            tensors = tuple(_tensor_from_wire(row) for row in document["tensors"])
-            options = tuple(dict(row) for row in document["options"])
-            rule, buffers = document["rule"], document["buffers"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"malformed model specification: {error!r}") from None
-        if not (isinstance(rule, str) and isinstance(buffers, str)):
-            raise ProtocolError("malformed model specification: rule and buffers must be strings")
-        if any(t.group >= len(options) for t in tensors):
-            raise ProtocolError("malformed model specification: a tensor names a parameter group that is not there")
-        names = [name for t in tensors for name in (t.name, *t.aliases)]
-        if len(set(names)) < len(names):
-            raise ProtocolError("malformed model specification: two tensors have one name")
-        return cls(tensors, rule, options, buffers)
-
-    @property
-    def digest(self) -> str:
-        """Hex digest of all that fixes the layout; equal digests mean interchangeable chunks."""
-        document = self.to_wire()
-        fixed = {"tensors": document["tensors"], "rule": self.rule, "buffers": self.buffers}
-        return hashlib.sha256(json.dumps(fixed, separators=(",", ":")).encode()).hexdigest()[:32]
-
-    def first_difference(self, other: ModelSpec) -> str | None:
-        """What first makes ``other`` a different model than this one, or None."""
-        for ours, theirs in zip(self.tensors, other.tensors, strict=False):
-            if ours != theirs:
-                return f"expected {ours.describe()}, found {theirs.describe()}"
-        if len(self.tensors) != len(other.tensors):
-            longer = max(self, other, key=lambda spec: len(spec.tensors))
-            extra = longer.tensors[min(len(self.tensors), len(other.tensors))]
-            return f"{extra.describe()} is {'missing' if longer is self else 'not part of the job'}"
-        if self.rule != other.rule:
-            return f"expected optimizer {self.rule}, found {other.rule}"
-        if self.buffers != other.buffers:
-            return f"expected buffers={self.buffers!r}, found {other.buffers!r}"
-        if len(self.options) != len(other.options):
-            return f"expected {len(self.options)} parameter groups, found {len(other.options)}"
-        return None
-
-
-def _tensor_from_wire(row: Any) -> TensorSpec:
-    name, aliases, shape, dtype, kind, group = row
-    if not (type(name) is str and type(aliases) is list and all(type(a) is str for a in aliases)):
-        raise ValueError(f"bad name or aliases in {row!r}")
-    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"bad shape {shape!r} of {name}")
-    if kind not in KINDS or type(group) is not int or (group >= 0) != (kind == "trainable") or group < -1:
-        raise ValueError(f"{name} cannot be {kind!r} in parameter group {group!r}")
-    if itemsize(dtype) and kind == "trainable" and dtype not in TRAINABLE:
-        raise ValueError(f"{name} cannot be trained as {dtype}")
-    return TensorSpec(name, tuple(aliases), tuple(shape), dtype, kind, group)
+__all__ = [
+    "KINDS",
+    "NONCE_BYTES",
+    "SHARED_ALIGN",
+    "Chunk",
+    "Column",
+    "Kind",
+    "Layout",
+    "ModelSpec",
+    "Part",
+    "Piece",
+    "Segment",
+    "SharedLayout",
+    "TensorSpec",
+    "plan",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +50,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A flat vector of all tensors of one kind, dtype and parameter group."""
+    """A flat vector of all tensors of one kind, dtype, parameter group and cell."""
 
     index: int
     kind: Kind
     dtype: str
     group: int
     pieces: tuple[Piece, ...]
+    cell: int = 0
 
     @property
     def numel(self) -> int:
@@ -170,6 +77,7 @@ class Chunk:
     group: int
     start: int
     stop: int
+    cell: int = 0
 
     @property
     def numel(self) -> int:
@@ -202,12 +110,49 @@ class Layout:
         """Chunks of each kind, in the order in which they lie in the parameter space."""
         return {kind: tuple(c for c in self.chunks if c.kind == kind) for kind in KINDS}
 
+    def column_of(self, chunk: Chunk) -> int:
+        """The rank, of all replicas, that pushes and pulls ``chunk``."""
+        return chunk.cell % self.model.ranks
+
+    def of_column(self, rank: int) -> Column:
+        """What this rank of a replica pushes and pulls."""
+        return Column(self, rank)
+
     def pieces_of(self, chunk: Chunk) -> Iterable[tuple[TensorSpec, int, int, int]]:
         """The tensors in ``chunk``: (tensor, first element within the tensor, offset within the chunk, elements)."""
         for piece in self.segments[chunk.segment].pieces:
             low, high = max(piece.start, chunk.start), min(piece.stop, chunk.stop)
             if low < high:
                 yield self.model.tensors[piece.tensor], low - piece.start, low - chunk.start, high - low
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one rank of each replica pushes and pulls; all there is, unless a replica has several ranks."""
+
+    layout: Layout
+    rank: int
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its segments."""
+        return tuple(s for s in self.layout.segments if s.cell % self.layout.model.ranks == self.rank)
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Its chunks."""
+        return tuple(c for c in self.layout.chunks if self.layout.column_of(c) == self.rank)
+
+    @cached_property
+    def by_kind(self) -> dict[Kind, tuple[Chunk, ...]]:
+        """Its chunks of each kind, in the order in which they lie in the parameter space."""
+        return {kind: tuple(c for c in self.chunks if c.kind == kind) for kind in KINDS}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """By name, its tensors or parts of them, in the model's order."""
+        ranks = self.layout.model.ranks
+        return {t.name: t for t in self.layout.model.tensors if t.cell % ranks == self.rank}
 
 
 SHARED_ALIGN = 64
@@ -219,17 +164,18 @@ class SharedLayout:
     """Where a worker's trainable segments lie in the memory that it shares with the shards of its host.
 
     First the weights of each, then the gradients of each, every one at a multiple of ``SHARED_ALIGN`` bytes, then a
-    nonce by which both sides know that they look at the same memory.
+    nonce by which both sides know that they look at the same memory. ``column``: the worker's rank in its replica.
     """
 
     layout: Layout
+    column: int = 0
 
     @cached_property
     def _offsets(self) -> tuple[dict[int, int], dict[int, int], int]:
         at, areas = 0, []
         for _ in range(2):
             area: dict[int, int] = {}
-            for segment in self.layout.segments:
+            for segment in self.layout.of_column(self.column).segments:
                 if segment.kind == "trainable":
                     area[segment.index] = at
                     at += segment.numel * itemsize(segment.dtype)
@@ -270,31 +216,37 @@ def _within(area: int, chunk: Chunk) -> slice:
 
 
 def plan(model: ModelSpec, shards: int, chunk_bytes: int) -> Layout:
-    """Lay ``model`` out over ``shards`` shards in chunks of at most ``chunk_bytes`` bytes."""
+    """Lay ``model`` out over ``shards`` shards in chunks of at most ``chunk_bytes`` bytes.
+
+    No chunk belongs to two cells, and each cell is cut over all shards, so that every rank of a replica, which moves
+    whole cells, has all shards to move them to.
+    """
     if shards < 1 or chunk_bytes < 1:
         raise ValueError("shards and chunk_bytes must be positive")
     segments = _segments(model.tensors)
     chunks: list[Chunk] = []
-    for kind in KINDS:
-        for segment, shard, start, stop in _cut([s for s in segments if s.kind == kind], shards):
+    for _, together in groupby(segments, key=lambda s: (s.kind, s.cell)):
+        for segment, shard, start, stop in _cut(list(together), shards):
             for low, high in _split(start, stop, max(1, chunk_bytes // itemsize(segment.dtype))):
-                chunks.append(Chunk(len(chunks), shard, segment.index, kind, segment.dtype, segment.group, low, high))
+                number, kind, dtype, group = len(chunks), segment.kind, segment.dtype, segment.group
+                chunks.append(Chunk(number, shard, segment.index, kind, dtype, group, low, high, segment.cell))
     return Layout(model, shards, chunk_bytes, segments, tuple(chunks), model.digest)
 
 
 def _segments(tensors: tuple[TensorSpec, ...]) -> tuple[Segment, ...]:
-    members: dict[tuple[int, str, int], list[int]] = {}
+    members: dict[tuple[int, int, str, int], list[int]] = {}
     for index in reversed(range(len(tensors))):
         tensor = tensors[index]
         if tensor.numel:
-            members.setdefault((KINDS.index(tensor.kind), tensor.dtype, tensor.group), []).append(index)
+            key = (KINDS.index(tensor.kind), tensor.cell, tensor.dtype, tensor.group)
+            members.setdefault(key, []).append(index)
     segments: list[Segment] = []
-    for (kind, dtype, group), indices in sorted(members.items()):
+    for (kind, cell, dtype, group), indices in sorted(members.items()):
         pieces, at = [], 0
         for index in indices:
             pieces.append(Piece(index, at, at + tensors[index].numel))
             at = pieces[-1].stop
-        segments.append(Segment(len(segments), KINDS[kind], dtype, group, tuple(pieces)))
+        segments.append(Segment(len(segments), KINDS[kind], dtype, group, tuple(pieces), cell))
     return tuple(segments)
 
 

@@ -35,6 +35,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 
 
+def return_freed_memory() -> None:
+    """Have glibc return freed memory of a layer's size at once, for a process that is to stay small."""
+    libc = _libc()
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 256 << 10)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
 def prepare_child() -> None:
     """Warm up what :func:`die_with_parent` needs, so that it allocates nothing between fork and exec."""
     _libc()

@@ -6,6 +6,7 @@ said again. So a lost message, a restarted coordinator and a node that was away 
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -372,9 +373,9 @@ class Cluster:
         for record in self.jobs.values():
             if record.life.phase is Phase.QUEUED:
                 continue
-            for process in record.life.pending():
+            for keys in _together(record.life):
                 others = {p.key: p.node for p in record.life.roster.servers() if p.running}
-                found = place(record.life.spec, [process.key], self._rooms(record), others)
+                found = place(record.life.spec, keys, self._rooms(record), others)
                 if isinstance(found, str):
                     self._say(record, f"waiting for room: {found}")
                     break
@@ -454,6 +455,15 @@ class Cluster:
     def _stop_message(self, node: Node, record: JobRecord, process: Process) -> Send:
         grace_s = float(process.stop or 0.0)
         return Send(node.peer, m.StopProcess(record.job, process.role, process.index, process.epoch, grace_s))
+
+
+def _together(life: Lifecycle) -> list[list[Key]]:
+    """What a job has pending, in its order: a replica's workers together, everything else alone."""
+
+    def unit(process: Process) -> Key:
+        return process.role, process.index // (life.spec.ranks if process.role == "worker" else 1)
+
+    return [[p.key for p in mates] for _, mates in itertools.groupby(life.pending(), unit)]
 
 
 def start_document(record: JobRecord, process: Process, coordinator_public: str) -> dict[str, Any]:

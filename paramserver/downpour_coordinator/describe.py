@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from downpour_common.replicas import is_lead
 from downpour_coordinator.cluster import Cluster, JobRecord
 from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.nodes import Node
@@ -17,7 +18,8 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
     life = record.life
     training = life.training
     failure = life.failure or life.last_failure
-    reports = [w.progress for w in training.workers.values() if w.progress is not None]
+    progress = (w.progress for w in training.workers.values() if is_lead(w.slot, life.spec.ranks))
+    reports = [p for p in progress if p is not None]
     outcome = outcome_of(life, "", record.ended_s or now_s)
     began_s = record.started_s or record.submitted_s
     document: dict[str, Any] = {
@@ -36,6 +38,8 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
         "waiting_s": round(life.waited_s(now_s), 3) if not life.over else 0.0,
         "position": _position(cluster, record),
         "workers": {"wanted": life.wanted, "live": len(training.live()), "min": life.fewest},
+        "replicas": life.wanted // life.spec.ranks,
+        "ranks": life.spec.ranks,
         "shards": life.spec.shards,
         "replication": life.spec.replication,
         "mode": life.spec.mode,
@@ -65,9 +69,8 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
 def _message(record: JobRecord) -> str:
     life = record.life
     if life.failure is not None:
-        who = f"{life.failure.role}/{life.failure.index} " if life.failure.index >= 0 else ""
         where = f" on {life.failure.host}" if life.failure.host else ""
-        return f"{who}failed{where}: {life.failure.message}"
+        return f"{life.failure.who} failed{where}: {life.failure.message}".lstrip()
     return record.message or life.degraded
 
 
@@ -97,7 +100,9 @@ def _process(cluster: Cluster, record: JobRecord, process: Process) -> dict[str,
 
 
 def _part(training: Training, process: Process) -> str:
-    """With replication: what a server process does for its shard."""
+    """With replication: what a server process does for its shard. In replicas of several workers: a worker's place."""
+    if process.role == "worker" and process.ranks > 1:
+        return f"replica {process.index // process.ranks}, rank {process.index % process.ranks}"
     if process.role != "server" or training.facts.replication == 1:
         return ""
     if not training.follows(process.index):

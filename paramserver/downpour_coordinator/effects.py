@@ -34,7 +34,15 @@ class StorePart:
     part: m.SnapshotPart
 
 
-TrainingEffect = Send | LogRow | CommitSnapshot | SnapshotFailed | StorePart
+@dataclass(frozen=True, slots=True)
+class StoreSpans:
+    """Effect: append what a traced worker has done to the run's spans, and answer ``peer``."""
+
+    peer: Peer
+    spans: m.Spans
+
+
+TrainingEffect = Send | LogRow | CommitSnapshot | SnapshotFailed | StorePart | StoreSpans
 
 
 @dataclass(frozen=True, slots=True)

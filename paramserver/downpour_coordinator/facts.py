@@ -30,6 +30,8 @@ class JobFacts:
     """the checkpoint's files, beside its manifest"""
     replication: int = 1
     """processes of each shard"""
+    ranks: int = 1
+    """workers of each replica of the model"""
 
     def document(self) -> dict[str, Any]:
         """Plain values, for the journal."""
@@ -53,6 +55,7 @@ def facts_for(job: str, spec: JobSpec, checkpoint: dict[str, Any] | None, folder
         spec.seed,
         spec.settings.chunk_bytes,
         replication=spec.replication,
+        ranks=spec.ranks,
     )
     if checkpoint is None:
         return facts

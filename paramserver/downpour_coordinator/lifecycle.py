@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from downpour_common import exitcodes
 from downpour_common import messages as m
@@ -24,13 +24,14 @@ from downpour_common.config import JobSpec
 from downpour_common.errors import ConfigError, ProtocolError
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message
+from downpour_common.replicas import multiple_of_ranks, titled
 from downpour_common.transport import Peer
 from downpour_coordinator.checkpointing import RETRY_S, Checkpointing
 from downpour_coordinator.effects import Effect, Export, FindCheckpoint, FindShardCheckpoint, ForgetSnapshot
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.processes import Failure, Key, Process, explain
-from downpour_coordinator.recovery import LONG_S, Signs, troubles, whole_backoff_s
-from downpour_coordinator.roster import Roster
+from downpour_coordinator.recovery import LONG_S, STUCK_S, Signs, troubles, whole_backoff_s
+from downpour_coordinator.roster import DRAIN_S, Roster
 from downpour_coordinator.snapshots import CommitSnapshot
 from downpour_coordinator.standby import Standby
 from downpour_coordinator.training import Training
@@ -77,7 +78,7 @@ class Lifecycle:
         self.origin = facts
         """where it began, and begins again if it has no sound checkpoint of its own"""
         self.phase = Phase.QUEUED
-        self.roster = Roster()
+        self.roster = Roster(spec.ranks)
         settings = spec.settings
         self.checkpoints = Checkpointing(
             base, snapshots, settings.checkpoint_s, settings.keep_checkpoints, settings.mtbf_s
@@ -176,7 +177,7 @@ class Lifecycle:
         for index, lost in sorted(self.training.lost().items()):
             found.append(f"{_count(lost.pushes, 'push', 'es')} {_were(lost.pushes)} lost with server/{index}")
         for slot, count in sorted(self.training.non_finite().items()):
-            text = f"worker/{slot} sent NaN or Inf in {_count(count, 'contribution', 's')}"
+            text = f"{titled('worker', slot, self.spec.ranks)} sent NaN or Inf in {_count(count, 'contribution', 's')}"
             found.append(f"{text}, which {_were(count)} left out")
         return found
 
@@ -382,16 +383,22 @@ class Lifecycle:
             raise ConfigError(f"job {self.job} is {self.state}; only a running job can be scaled")
         if not 1 <= workers <= 4096:
             raise ConfigError(f"workers: between 1 and 4096, not {workers}")
+        ranks = self.spec.ranks
+        if workers % ranks:
+            near = multiple_of_ranks(workers, ranks)
+            raise ConfigError(
+                f"workers: a replica of job {self.job} has {ranks}; give a multiple of it, such as {near}"
+            )
         if self.spec.min_workers is not None and workers < self.spec.min_workers:
             raise ConfigError(f"job {self.job} was submitted with at least {self.spec.min_workers} workers")
         for process in self.roster.workers():
             process.replace = False  # who leaves already is counted out below, and not replaced twice
-        staying = sorted(p.index for p in self.roster.staying())
+        staying = sorted({p.index // ranks for p in self.roster.staying()})
         self.fewest = min(self.fewest, workers)
         self.wanted = workers
-        for slot in staying[workers:]:
-            self._let_go(self.processes["worker", slot], replace=False)
-        for slot in self.roster.free_slots(workers - len(staying)) if workers > len(staying) else ():
+        for replica in staying[workers // ranks :]:
+            self._let_go(self.processes["worker", replica * ranks], replace=False)
+        for slot in self.roster.free_slots(max(0, workers - len(staying) * ranks)):
             self._want_worker(slot, now_s)
         return self._advance(now_s, [])
 
@@ -400,7 +407,7 @@ class Lifecycle:
         if self.phase is Phase.TRAINING:
             for key in keys:
                 process = self.processes.get(key)
-                if process is not None and process.role == "worker" and process.state == "started":
+                if process is not None and process.role == "worker" and process.running and not process.fallen:
                     self._let_go(process, replace=not process.leaving or process.replace)
         return self._advance(now_s, [])
 
@@ -419,46 +426,101 @@ class Lifecycle:
         self.training.expect(slot, self.roster.want_worker(slot, now_s).epoch)
 
     def _let_go(self, process: Process, replace: bool) -> None:
-        if not self.roster.let_go(process, replace):
-            self.training.worker_lost(process.index)
+        """A worker is to leave, with its replica."""
+        for mate in self.roster.mates(process):
+            if mate.fallen and not replace:
+                mate.fallen = "out"
+            if mate.state != "ended" and not self.roster.let_go(mate, replace):
+                self.training.worker_lost(mate.index)
 
     def _judge(self, process: Process, now_s: float, effects: list[Effect]) -> None:
-        """What the end of a worker's process means while the job starts or trains."""
+        """What the end of a worker's process means while the job starts or trains. It takes its replica along."""
         worker = self.training.workers.get(process.index)
+        mates = self.roster.mates(process)
         if worker is not None and worker.gone and process.code == 0 and not worker.drained:
+            if process.fallen:
+                self._replica_over(mates, now_s)
             return
         mine = (process.index, process.epoch)
         reported = next((f for f in self.training.failures if worker and (f.slot, f.worker_epoch) == mine), None)
         failure = explain(process, worker is not None and bool(worker.pid), reported, self.spec.script)
+        failure = self._cause(failure, process, mates)
         left = worker is not None and worker.gone and worker.drained
         synchronous = self.training.facts.mode.synchronous
         in_round = synchronous and worker is not None and not left and (worker.answered or worker.takes_over)
         training = self.phase is Phase.TRAINING and self.training.begun
-        if in_round and worker and not worker.gone and training and self._can_spend(failure, now_s):
+        alone = len(mates) == 1  # a whole replica that has died has no state to go on from in its round
+        if in_round and worker and not worker.gone and training and alone and self._can_spend(failure, now_s):
             self._take_over(process, failure, now_s)
             return
-        if self.training.begun and not synchronous:
-            effects.extend(self.training.worker_lost(process.index))
-        elif worker is not None and not left and not in_round:
-            effects.extend(self.training.worker_lost(process.index))  # it never counted
-        if process.leaving and (left or not process.replace or process.code in (None, 143, -15, -9)):
+        if (self.training.begun and not synchronous) or (worker is not None and not left and not in_round):
+            for mate in [process] if left else mates:
+                effects.extend(self.training.worker_lost(mate.index))  # in sync: it never counted
+        if process.fallen or (
+            process.leaving and (left or not process.replace or process.code in (None, 143, -15, -9))
+        ):
             if in_round:
-                self._fail(failure, now_s)
-            elif process.replace:
-                self._want_worker(process.index, now_s)
+                self._begin_again(failure, now_s, paid=process.fallen == "again")
+            elif self.roster.stop(mates, DRAIN_S if left else 0.0):
+                self._replica_over(mates, now_s)
             return
         replaceable = training and not in_round
         if left:
             failure = replace(failure, message="was asked to leave (SIGTERM) by somebody else", reason="PREEMPTED")
             if self.fewest >= self.wanted:
                 failure = replace(failure, details=f"fewer than {self.fewest} workers are left (see --min-workers)")
+        others = [p for p in self.roster.staying() if p not in mates]
         if replaceable and self._can_spend(failure, now_s):
-            self._spend(process, failure, "it is being replaced", now_s)
-            self.training.expect(process.index, self.roster.succeed(process, now_s).epoch)
-        elif replaceable and len(self.roster.staying()) >= self.fewest and self.fewest < self.wanted:
-            self.warnings.append(f"{process.name} {failure.message}; the others go on without it")
+            self._spend(process, failure, "it is being replaced" if alone else "its replica is started again", now_s)
+            self._fell(mates, "again")
+        elif replaceable and len(others) >= self.fewest and self.fewest < self.wanted:
+            without = "it" if alone else "its replica"
+            self.warnings.append(f"{failure.who} {failure.message}; the others go on without {without}")
+            self._fell(mates, "out")
         else:
             self._fail(failure, now_s)
+            return
+        if self.roster.stop(mates, DRAIN_S if left else 0.0):
+            self._replica_over(mates, now_s)
+
+    def _cause(self, failure: Failure, process: Process, mates: list[Process]) -> Failure:
+        """In a replica the end of one rank makes the others raise, and it need not be the first that has ended."""
+        epochs = {p.index: p.epoch for p in mates}
+        reported = [f for f in self.training.failures if epochs.get(f.slot) == f.worker_epoch]
+        lost = {f.slot for f in reported if f.consequence}
+        first = next((f for f in reported if not f.consequence), None)
+        if failure.reason != "SCRIPT_FAILED" or (first is None and process.index not in lost):
+            return failure
+        if first is None:
+            others = [p for p in mates if p.index not in lost]
+            dead = next((p for p in others if p.state == "ended" and p.code != 0), None)
+            if dead is not None:
+                return explain(dead, True, None, self.spec.script)
+            silence = {p.index: self._signs.quiet_s(p, self._now_s) for p in others if p.running}
+            stuck = max(silence, key=silence.__getitem__, default=-1)
+            if silence.get(stuck, 0.0) > STUCK_S:
+                message = f"has not been heard of for {silence[stuck]:.0f} s, and {process.title} waited for it in vain"
+                return replace(failure, index=stuck, message=message)
+            first = next((f for f in reported if f.consequence == "late"), None)
+        if first is None:
+            return failure
+        return replace(failure, index=first.slot, message=first.error, details=first.traceback.rstrip())
+
+    @staticmethod
+    def _fell(mates: list[Process], fate: Literal["again", "out"]) -> None:
+        for mate in mates:
+            mate.fallen = fate
+
+    def _replica_over(self, mates: list[Process], now_s: float) -> None:
+        """Once all workers of a replica have ended: others in their places, if they are wanted."""
+        if any(p.state != "ended" for p in mates):
+            return
+        if any(p.fallen == "again" for p in mates):
+            for process in self.roster.succeed_together(mates, now_s):
+                self.training.expect(process.index, process.epoch)
+        elif any(p.leaving and p.replace and not p.fallen for p in mates):
+            for process in mates:
+                self._want_worker(process.index, now_s)
 
     def _have_one_soon(self) -> None:
         """So that there is something to come back to from the beginning."""
@@ -478,7 +540,8 @@ class Lifecycle:
         self.restarts += self._lost_host != (failure.host, now_s)
         self._lost_host = (failure.host, now_s) if failure.reason == "NODE_LOST" else ("", 0.0)
         self.last_failure = failure
-        self.warnings.append(f"{process.name} {failure.message}; {meaning}")
+        who = failure.who if process.ranks > 1 else process.name
+        self.warnings.append(f"{who} {failure.message}; {meaning}")
 
     def _take_over(self, process: Process, failure: Failure, now_s: float) -> None:
         """sync: another process goes on in the round that this worker has died in, and leaves then if it was to."""
@@ -563,23 +626,25 @@ class Lifecycle:
         counts = self.training.non_finite() if way in ("quarantine", "rollback") else {}
         for slot, count in counts.items():
             process = self.processes.get(("worker", slot))
-            if count <= self._non_finite.get(slot, 0) or process is None or process.state == "ended":
+            if count <= self._non_finite.get(slot, 0) or process is None or process.state == "ended" or process.fallen:
                 continue
             self._non_finite[slot] = count
+            words = "sent NaN or Inf"
             failure = Failure(
-                "worker", slot, exitcodes.FAILED, "sent NaN or Inf", reason="NON_FINITE", host=process.node
+                *("worker", slot, exitcodes.FAILED, words), reason="NON_FINITE", host=process.node, ranks=process.ranks
             )
             if way == "rollback":
                 self._fail(failure, now_s)
             elif not process.leaving:
                 least = self.spec.min_workers or 1
-                if len(self.roster.staying()) <= least:
+                if len(self.roster.staying()) - process.ranks < least:
                     details = f"without it fewer than {_count(least, 'worker', 's')} would be left"
                     self._fail(replace(failure, details=details), now_s)
                 else:
-                    self.wanted -= 1
+                    self.wanted -= process.ranks
                     self.fewest = min(self.fewest, self.wanted)
-                    self.warnings.append(f"{process.name} sent NaN or Inf; it leaves the job (on_nan=quarantine)")
+                    who = "it" if process.ranks == 1 else "its replica"
+                    self.warnings.append(f"{process.title} {words}; {who} leaves the job (on_nan=quarantine)")
                     self._let_go(process, replace=False)
 
     # ------------------------------------------------------------ from phase to phase
@@ -644,7 +709,7 @@ class Lifecycle:
         joined = {w.slot for w in self.training.workers.values() if w.answered}
         taking_over = {w.slot for w in self.training.workers.values() if w.takes_over and not w.answered}
         if not any(p.state != "ended" and p.index in joined | taking_over for p in self.roster.workers()):
-            if any(p.code == 0 for p in self.roster.workers()):
+            if any(all(mate.code == 0 for mate in self.roster.mates(p)) for p in self.roster.workers()):
                 self.trained_s = now_s
                 self.training.turn_away()
                 self._enter(Phase.SAVING, now_s)
@@ -657,8 +722,10 @@ class Lifecycle:
             if process.leaving and process.stop is None and process.index in joined and process.running:
                 self._let_go(process, replace=False)  # it has taken over from one that was to leave
             if process.running and process.index not in joined and late and process.stop is None:
-                process.stop = settings.grace_s
-                self.warnings.append(f"{process.name} has not joined within {settings.start_timeout_s:g} s")
+                mates = self.roster.mates(process)
+                absent = [p.name for p in mates if self.training.workers[p.index].pid == 0] or [process.title]
+                self.roster.stop(mates, settings.grace_s)
+                self.warnings.append(f"{', '.join(absent)} has not joined within {settings.start_timeout_s:g} s")
         waiting_s = max((now_s - p.since_s for p in self.roster.workers() if p.state == "pending"), default=0.0)
         enough = len(joined & {p.index for p in self.roster.staying()}) >= self.fewest
         stranded_s = max((p.waited_s(now_s) for p in self.roster.pending() if p.index in taking_over), default=0.0)
@@ -817,8 +884,7 @@ class Lifecycle:
 
     @staticmethod
     def _told(failure: Failure) -> str:
-        who = f"{failure.role}/{failure.index} " if failure.index >= 0 else ""
-        return f"{who}{failure.message}"
+        return f"{failure.who} {failure.message}".strip()
 
     # ------------------------------------------------------------ durability
 
@@ -859,7 +925,7 @@ class Lifecycle:
         self._floor, self._newest = document["checkpoints"]
         self._begun_again, self._non_finite = document["begun_again"], dict(document["non_finite"])
         self._now_s = now_s
-        self.roster = Roster.from_document(document["processes"], now_s)
+        self.roster = Roster.from_document(document["processes"], now_s, spec.ranks)
         self.failure = Failure(**document["failure"]) if document["failure"] else None
         self.last_failure = Failure(**document["last_failure"]) if document["last_failure"] else None
         self.restarts, self.interrupted = document["restarts"], document["interrupted"]

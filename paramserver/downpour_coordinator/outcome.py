@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from downpour_common import exitcodes
+from downpour_common.replicas import is_lead
 from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.processes import Failure
 from downpour_coordinator.training import Training
@@ -37,6 +38,9 @@ class Outcome:
     wait_share: float = 0.0
     staleness: dict[str, int] = field(default_factory=dict)
     clock_gap_max: int = 0
+    replicas: int = 0
+    ranks: int = 1
+    """workers of each replica"""
     restarts: int = 0
     lost_pushes: int = 0
     """pushes that were applied, and are gone with a shard that has died, of all shards"""
@@ -76,6 +80,8 @@ class Outcome:
             "wait_share": round(self.wait_share, 4),
             "staleness": self.staleness,
             "clock_gap_max": self.clock_gap_max,
+            "replicas": self.replicas,
+            "ranks": self.ranks,
             "restarts": self.restarts,
             "lost_pushes": self.lost_pushes,
             "lost": self.lost,
@@ -109,6 +115,8 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
         train_s=trained_s - first_s if first_s is not None else 0.0,
         start_s=first_s - began_s if first_s is not None else None,
         failure=job.failure,
+        replicas=job.wanted // job.spec.ranks,
+        ranks=job.spec.ranks,
         restarts=job.restarts,
         warnings=job.remarks,
     )
@@ -120,7 +128,7 @@ def fill_figures(outcome: Outcome, state: Training) -> None:
     """Add what the coordinator knows."""
     reports = [*state.former, *(w.progress for w in state.workers.values() if w.progress is not None)]
     outcome.steps = max((p.clock - state.facts.clock for p in reports), default=0)
-    outcome.samples = sum(p.samples for p in reports)
+    outcome.samples = sum(p.samples for p in reports if is_lead(p.slot, state.facts.ranks))
     outcome.pushes = sum(p.pushes for p in reports)
     outcome.pulls = sum(p.pulls for p in reports)
     outcome.bytes_moved = sum(p.bytes_sent + p.bytes_received for p in reports)

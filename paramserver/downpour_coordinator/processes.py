@@ -9,6 +9,7 @@ from typing import Any, Literal
 from downpour_common import exitcodes
 from downpour_common import messages as m
 from downpour_common.names import process_name
+from downpour_common.replicas import titled
 
 Key = tuple[str, int]
 """(role, index) of a process: ``server`` or ``worker``."""
@@ -45,6 +46,15 @@ class Process:
     """time from ``since_s`` before it should be started"""
     shards: int = 0
     """the job's; of a server process"""
+    ranks: int = 1
+    """workers of a replica; of a worker"""
+    fallen: Literal["", "again", "out"] = ""
+    """a worker whose replica ends because one of it has: once all have, it is started again, or left out"""
+
+    @property
+    def title(self) -> str:
+        """For people, with its rank in its replica if that has several."""
+        return titled(self.role, self.index, self.ranks, self.name)
 
     @property
     def name(self) -> str:
@@ -90,6 +100,13 @@ class Failure:
     reason: str = "PROCESS_FAILED"
     host: str = ""
     epoch: int = 0
+    ranks: int = 1
+    """workers of a replica; of a worker's failure"""
+
+    @property
+    def who(self) -> str:
+        """What failed, for people; "" when it was none of the job's processes."""
+        return titled(self.role, self.index, self.ranks) if self.index >= 0 else ""
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -98,7 +115,7 @@ class Failure:
 
 def explain(process: Process, registered: bool, reported: m.ReportFailure | None, script: str) -> Failure:
     """Why a process that should not have ended has. ``registered``: it had called ``prepare``."""
-    code, where = process.code, (process.node, process.epoch)
+    code, where = process.code, (process.node, process.epoch, process.ranks)
     if process.error or code is None:
         message = process.error or "was lost"
         reason = "NODE_LOST" if code is None else "NOT_STARTED"

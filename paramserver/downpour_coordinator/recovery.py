@@ -13,9 +13,11 @@ LONG_S = 60.0
 """A job that has trained for longer begins again at once, as often as that may be."""
 SHARD_SILENT_S = 5.0
 WORKER_SILENT_S = 10.0
+"""Time without a word after which it is told; they speak about twice a second."""
+STUCK_S = 4.0
+"""A worker of a replica that says nothing for longer is to blame for the others' waiting."""
 DEAF_S = 2.0
 """A coordinator that has not looked for longer has been away."""
-"""Time without a word after which it is told; they speak about twice a second."""
 
 
 def succeed(before: Process, now_s: float, proven: bool = False) -> Process:
@@ -30,6 +32,7 @@ def succeed(before: Process, now_s: float, proven: bool = False) -> Process:
         quick=quick,
         wait_s=wait_s,
         shards=before.shards,
+        ranks=before.ranks,
     )
 
 
@@ -104,5 +107,5 @@ def troubles(training: Training, processes: dict[Key, Process], signs: Signs, no
         if worker.answered and process.running:
             found.append(signs.silent(process, WORKER_SILENT_S, now_s))
         elif not worker.answered and process.replaces:
-            found.append(f"{process.name} is being replaced")
+            found.append(f"{process.title} is being replaced")
     return [text for text in found if text]

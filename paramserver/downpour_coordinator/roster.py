@@ -12,9 +12,13 @@ DRAIN_S = 30.0
 
 
 class Roster:
-    """By (role, index). What is ``pending`` should be started, what is ``stopping`` should end; others see to it."""
+    """By (role, index). What is ``pending`` should be started, what is ``stopping`` should end; others see to it.
 
-    def __init__(self) -> None:
+    ``ranks``: workers of each replica, which are wanted, started again and let go together.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks = ranks
         self.all: dict[Key, Process] = {}
 
     def workers(self) -> list[Process]:
@@ -25,9 +29,19 @@ class Roster:
         """All shards, ended ones included."""
         return [p for p in self.all.values() if p.role == "server"]
 
+    def mates(self, process: Process) -> list[Process]:
+        """The workers of this one's replica, itself among them, ended ones included."""
+        first = process.index - process.index % self.ranks
+        found = (self.all.get((process.role, slot)) for slot in range(first, first + self.ranks))
+        return [p for p in found if p is not None]
+
     def staying(self) -> list[Process]:
-        """Workers that have not ended and are not about to leave."""
-        return [p for p in self.workers() if p.state != "ended" and not p.leaving]
+        """Workers that have not ended for good and are not about to leave."""
+        return [
+            p
+            for p in self.workers()
+            if (p.state != "ended" or p.fallen == "again") and p.fallen != "out" and not p.leaving
+        ]
 
     def pending(self) -> list[Process]:
         """What needs a place, shards first."""
@@ -42,7 +56,8 @@ class Roster:
         epochs = {key: p.epoch + 1 for key, p in self.all.items()}
         self.all.clear()
         for slot in range(workers):
-            self.all["worker", slot] = Process("worker", slot, epochs.get(("worker", slot), 0), since_s=now_s)
+            epoch = epochs.get(("worker", slot), 0)
+            self.all["worker", slot] = Process("worker", slot, epoch, since_s=now_s, ranks=self.ranks)
         for index in range(shards * replication):
             epoch = max(shard_epoch, epochs.get(("server", index), 0))
             self.all["server", index] = Process("server", index, epoch, since_s=now_s, shards=shards)
@@ -50,7 +65,7 @@ class Roster:
     def want_worker(self, slot: int, now_s: float) -> Process:
         """One more worker, or another one for a slot whose worker has ended."""
         before = self.all.get(("worker", slot))
-        process = Process("worker", slot, before.epoch + 1 if before else 0, since_s=now_s)
+        process = Process("worker", slot, before.epoch + 1 if before else 0, since_s=now_s, ranks=self.ranks)
         self.all["worker", slot] = process
         return process
 
@@ -59,10 +74,21 @@ class Roster:
         process = self.all[before.key] = succeed(before, now_s, proven)
         return process
 
+    def succeed_together(self, mates: list[Process], now_s: float) -> list[Process]:
+        """Other processes in the places of a replica's, all with one epoch, and all at one time."""
+        after = [self.succeed(p, now_s) for p in mates]
+        for process in after:
+            process.epoch = max(p.epoch for p in after)
+            process.quick = max(p.quick for p in after)
+            process.wait_s = max(p.wait_s for p in after)
+        return after
+
     def free_slots(self, count: int) -> list[int]:
-        """The lowest ``count`` slots without a worker."""
-        taken = {p.index for p in self.workers() if p.state != "ended"}
-        return [slot for slot in range(len(taken) + count) if slot not in taken][:count]
+        """The lowest ``count`` slots of replicas without a worker."""
+        wanted = count // self.ranks
+        taken = {p.index // self.ranks for p in self.workers() if p.state != "ended"}
+        free = [replica for replica in range(len(taken) + wanted) if replica not in taken][:wanted]
+        return [replica * self.ranks + rank for replica in free for rank in range(self.ranks)]
 
     def let_go(self, process: Process, replace: bool) -> bool:
         """A worker is to leave while the job goes on; False when it never was."""
@@ -87,9 +113,9 @@ class Roster:
         return [p.document() for p in self.all.values()]
 
     @classmethod
-    def from_document(cls, document: list[dict[str, Any]], now_s: float) -> Roster:
+    def from_document(cls, document: list[dict[str, Any]], now_s: float, ranks: int = 1) -> Roster:
         """The inverse of :meth:`document`; waits begin anew."""
-        self = cls()
+        self = cls(ranks)
         for fields in document:
             process = Process.from_document(fields)
             process.since_s = now_s

@@ -26,11 +26,13 @@ from downpour_coordinator.effects import (
     Prune,
     Send,
     StorePart,
+    StoreSpans,
 )
 from downpour_coordinator.export import export_model
 from downpour_coordinator.facts import facts_for
 from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.snapshots import CommitSnapshot, SnapshotFailed
+from downpour_coordinator.spans import SpanFile
 
 SendMessage = Callable[[Peer, Message], object]
 Later = Callable[[Callable[[], Any], Callable[[Any], None]], None]
@@ -64,6 +66,7 @@ class JobService:
         self._metrics = metrics
         self._clock = clock
         self._later = later
+        self._spans = SpanFile(out)
         self.copies: Copies | None = None
         """at the job's ``checkpoint_url``"""
         settings = job.spec.settings
@@ -99,6 +102,8 @@ class JobService:
                     self.carry_out(self.job.snapshot_done(effect.number, effect.reason, self._clock()))
                 case StorePart():
                     self._store(effect)
+                case StoreSpans():
+                    self._send(effect.peer, self._spans.answer(effect.spans, self.problems))
                 case Export():
                     self._export(effect)
                 case ForgetSnapshot():

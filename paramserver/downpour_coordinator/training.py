@@ -17,10 +17,12 @@ from downpour_common.errors import ProtocolError
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message, Refusal
 from downpour_common.names import process_name
+from downpour_common.replicas import is_lead
 from downpour_common.transport import Peer
+from downpour_coordinator.agreements import Agreements
 from downpour_coordinator.barriers import Barriers
 from downpour_coordinator.data import DataState
-from downpour_coordinator.effects import LogRow, Send, StorePart, TrainingEffect
+from downpour_coordinator.effects import LogRow, Send, StorePart, StoreSpans, TrainingEffect
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.leases import Span, merge
 from downpour_coordinator.losses import Lost, non_finite_of, staleness_of
@@ -64,6 +66,7 @@ class Training:
         self._waiting: dict[int, ModelSpec] = {}
         self._data = DataState(facts.epoch, facts.done if facts.resume else ())
         self._barriers = Barriers()
+        self._agreements = Agreements()
         self._passes: dict[int, tuple[Peer, m.BeginPass]] = {}
         """slots whose pass cannot begin before the members have changed"""
         self._version = 0
@@ -111,6 +114,7 @@ class Training:
         if not self.begun:
             self._members[slot] = epoch
         self._waiting.pop(slot, None)
+        self._agreements.replaced(slot, slot // self.facts.ranks, epoch)
 
     def take_over(self, slot: int, epoch: int) -> None:
         """sync: the worker of ``slot`` has died in the middle of a round, and another process is to go on where it
@@ -350,8 +354,19 @@ class Training:
 
     def data_position(self) -> tuple[int, list[Span]]:
         """The pass over the first loader that the last worker is in, and what of it is done."""
-        finished = [w.progress.epoch for w in self.workers.values() if w.progress is not None]
-        return self._data.position((w.slot for w in self.workers.values() if not w.gone), finished)
+        leads = [w for w in self.workers.values() if self._leads(w.slot)]
+        finished = [w.progress.epoch for w in leads if w.progress is not None]
+        return self._data.position((w.slot for w in leads if not w.gone), finished)
+
+    def _leads(self, slot: int) -> bool:
+        """Whether this worker takes samples, for itself or for its replica."""
+        return is_lead(slot, self.facts.ranks)
+
+    def _whole(self) -> list[int]:
+        """Slots that wait to be let in and whose replicas do so as a whole."""
+        ranks = self.facts.ranks
+        complete = Counter(slot // ranks for slot in self._waiting)
+        return [slot for slot in self._waiting if complete[slot // ranks] == ranks]
 
     # ------------------------------------------------------------ shards
 
@@ -558,7 +573,7 @@ class Training:
                     self._let_in(slot, bool(facts.resume), facts.clock, (facts.epoch, offset), effects)
             return
         if self._waiting and (not self.facts.mode.synchronous or not self._at_work()):
-            self._count(self._waiting, effects)  # sync: nobody is left whose next pass they could wait for
+            self._count(self._whole(), effects)  # sync: nobody is left whose next pass they could wait for
         self._count([slot for slot in self._waiting if self.workers[slot].takes_over], effects)
         self._members_in_force(effects)
 
@@ -643,10 +658,13 @@ class Training:
         if worker.gone:
             return  # what it asked for before it left
         match message:
+            case m.TakeLease() | m.BeginPass() if not self._leads(message.slot):
+                reason = f"worker/{message.slot} has no samples of its own; its replica's first worker takes them"
+                self._answer(worker, peer, m.Refused(message.request, Refusal.FORBIDDEN.value, reason), effects)
             case m.TakeLease():
                 if min(message.loader, message.epoch, message.total, message.unit, *message.done) < 0:
                     raise ProtocolError("a lease of a negative number of samples")
-                lease = self._data.take(message, len(self._members))
+                lease = self._data.take(message, sum(map(self._leads, self._members)))
                 if isinstance(lease, str):
                     answer: Message = m.Refused(message.request, Refusal.DATA_DIFFERS.value, lease)
                 else:
@@ -657,6 +675,8 @@ class Training:
                 self.latest.update(numbers)
                 effects.append(LogRow({**numbers, "worker": message.slot, "clock": message.clock}))
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
+            case m.Spans():
+                effects.append(StoreSpans(peer, message))
             case m.EnterBarrier() if worker.takes_over and worker.begun < 0 <= worker.former:
                 # It comes through the beginning of the script, where all have been together before.
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
@@ -666,10 +686,12 @@ class Training:
                 self._release_barriers(effects)
             case m.BeginPass():
                 self._begin_pass(worker, peer, message, effects)
+            case m.Agree():
+                self._agree(peer, message, effects)
             case m.Goodbye():
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
                 worker.drained, worker.finished = message.drained, not message.drained
-                self.torn += max(0, message.torn)
+                self.torn += max(0, message.torn) if self._leads(message.slot) else 0
                 if message.done >= 0:
                     self._left.append((message.slot, message.worker_epoch, message.first, message.done))
                 self.worker_gone(message.slot, effects, done=not message.drained)
@@ -677,6 +699,16 @@ class Training:
                     self._set_members(effects)  # one that has come back may not know that it left
             case _:
                 raise ProtocolError(f"the coordinator does not take {type(message).__name__}")
+
+    def _agree(self, peer: Peer, message: m.Agree, effects: list[TrainingEffect]) -> None:
+        """Not among a worker's answers: a repeat finds the value where the first asker did."""
+        if message.proposes:
+            for other, request in self._agreements.propose(message.key, message.value).values():
+                effects.append(Send(other, m.Agreed(request, self._agreements.values[message.key])))
+        if message.key in self._agreements.values:
+            effects.append(Send(peer, m.Agreed(message.request, self._agreements.values[message.key])))
+        else:
+            self._agreements.wait(message.key, message.slot, peer, message.request)
 
     def _begin_pass(self, worker: Worker, peer: Peer, begin: m.BeginPass, effects: list[TrainingEffect]) -> None:
         """The first worker that begins a training pass has left the one before on all shards, so has everybody:
@@ -693,7 +725,7 @@ class Training:
             self._release_barriers(effects)
         fresh = begin.loader == 0 and (0, begin.epoch) not in self._data.splits
         if fresh and self._waiting:
-            self._count(self._waiting, effects)
+            self._count(self._whole(), effects)
         if fresh and any(s.members < self._version for s in self.shards.values()):
             worker.answers[begin.request] = None
             self._passes[begin.slot] = (peer, begin)
@@ -705,7 +737,7 @@ class Training:
         # Who has finished still counts: when its last word comes must not decide how others' samples are split.
         finished = {w.slot for w in self.workers.values() if w.finished}
         staying = {slot for slot in self._members if slot == begin.slot or not self.workers[slot].leaving}
-        workers, index = self._data.split(begin, sorted(staying | finished))
+        workers, index = self._data.split(begin, sorted(filter(self._leads, staying | finished)))
         self._answer(worker, peer, m.PassBegins(begin.request, workers, index), effects)
 
     def _release_barriers(self, effects: list[TrainingEffect]) -> None:
@@ -783,6 +815,7 @@ class Training:
             "begun": self.begun,
             "data": self._data.document(),
             "barriers": self._barriers.document(),
+            "agreed": self._agreements.document(),
             "passes": [asdict(begin) for _, begin in self._passes.values()],
             "version": self._version,
             "members": list(self._members.items()),
@@ -809,6 +842,7 @@ class Training:
         self.torn, self.begun = document["torn"], document["begun"]
         self._data = DataState.from_document(document["data"])
         self._barriers = Barriers.from_document(document["barriers"])
+        self._agreements = Agreements.from_document(document.get("agreed", []))
         self._passes = {b["slot"]: (b"", m.BeginPass(**b)) for b in document["passes"]}
         self._version, self._members = document["version"], dict(document["members"])
         self._told = tuple(document["told"])

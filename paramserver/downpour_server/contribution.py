@@ -21,4 +21,4 @@ class Contribution:
     position: tuple[int, ...] = ()
     """of the training data once this contribution counts"""
     void: bool = False
-    """it holds NaN or Inf: it counts for its round, and is left out of the mean"""
+    """it holds NaN or Inf, or has no samples: it counts for its round, and is left out of the mean"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from downpour_common.messages import Refusal
 
@@ -22,6 +23,17 @@ class Change:
     lost: frozenset[int]
     """those of ``over`` whose worker never said that it leaves"""
     taken_over: frozenset[int] = frozenset()
+
+
+class Awaited(Protocol):
+    """What a policy asks of the members."""
+
+    @property
+    def first_seq(self) -> int:
+        """Number of the first contribution of all who are there at the job's start."""
+
+    def awaited(self) -> list[int]:
+        """Slots that owe the open round a contribution, ascending. Not to be changed by the caller."""
 
 
 class Members:
@@ -54,9 +66,9 @@ class Members:
         return self._awaited
 
     @property
-    def chief(self) -> int:
-        """The lowest slot; -1 where there are no members."""
-        return min(self._epochs, default=-1)
+    def slots(self) -> Collection[int]:
+        """All of them."""
+        return self._epochs.keys()
 
     @property
     def sole(self) -> tuple[int, int] | None:

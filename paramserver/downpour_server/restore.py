@@ -1,4 +1,5 @@
-"""Start a shard from a checkpoint, whatever number of shards, chunk size or order it was written with.
+"""Start a shard from a checkpoint, whatever number of shards, chunk size or order it was written with, and in whatever
+parts the model was cut for the ranks of a replica.
 
 The manifest names the model and how it was laid out, so each element of each tensor can be found again by the
 tensor's name. Scalars of the update rule (step counts) are kept per chunk; where a new chunk covers several
@@ -9,29 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from downpour_common.errors import CheckpointError, ProtocolError
-from downpour_common.layout import Chunk, Layout, ModelSpec, plan
+from downpour_common.layout import Layout, ModelSpec, TensorSpec, plan
 from downpour_common.tensorfile import TensorFile
+from downpour_server.recut import Gathered, Origin, needed, spans_of
 from downpour_server.sound import looked_through
 from downpour_server.store import StoredChunk
-from downpour_server.tensors import from_bytes, torch_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Elements of a tensor: ``at`` is their place in the chunk at hand."""
-
-    tensor: str
-    first: int
-    at: int
-    count: int
+from downpour_server.tensors import torch_dtype
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -60,91 +50,61 @@ def restore(folder: str, layout: Layout, chunks: dict[int, StoredChunk]) -> int:
     if len(rows) < len(old.chunks):
         raise CheckpointError(folder, "names no file for some of the model's chunks")
     _check_same_tensors(folder, old, layout)
-    homes = _homes(old)
-    wanted = {
-        rows[home.index][0]
-        for s in chunks.values()
-        for span in _spans(layout, s.chunk)
-        for home, _ in homes[span.tensor]
-    }
+    wanted = _files_wanted(old, layout, rows, chunks)
     entries = [entry for entry in manifest["files"] if entry["file"] in wanted]
     with ExitStack() as stack:
         stack.enter_context(looked_through(folder, entries))
         files = {name: stack.enter_context(TensorFile(os.path.join(folder, name))) for name in sorted(wanted)}
-        parts = _parts(rows, files)
-        for stored in chunks.values():
-            _restore_chunk(stored, layout, old, homes, rows, files, parts)
+        _fill(Origin(old, rows, files, old.model.rule == layout.model.rule), layout, chunks)
     return clock
 
 
 def _check_same_tensors(folder: str, old: Layout, new: Layout) -> None:
-    known = {t.name: t for t in old.model.tensors}
     for tensor in new.model.tensors:
-        found = known.get(tensor.name)
+        found = old.model.parts.get(tensor.name)
         if found is None:
             raise CheckpointError(folder, f"does not hold {tensor.describe()}")
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(folder, f"holds {found.describe()}, the script has {tensor.describe()}")
+        if (found[0].whole_shape, found[0].dtype) != (tensor.whole_shape, tensor.dtype):
+            raise CheckpointError(folder, f"holds {found[0].describe()}, the script has {tensor.describe()}")
 
 
-def _spans(layout: Layout, chunk: Chunk) -> Iterator[_Span]:
-    for tensor, first, at, count in layout.pieces_of(chunk):
-        yield _Span(tensor.name, first, at, count)
+def _files_wanted(
+    old: Layout, new: Layout, rows: dict[int, tuple[str, dict[str, Any]]], chunks: dict[int, StoredChunk]
+) -> set[str]:
+    spans = spans_of(old)
+    return {
+        rows[index][0]
+        for stored in chunks.values()
+        for tensor, first, _, count in new.pieces_of(stored.chunk)
+        for index in needed(old, tensor, spans, first, count)
+    }
 
 
-def _homes(layout: Layout) -> dict[str, list[tuple[Chunk, _Span]]]:
-    homes: dict[str, list[tuple[Chunk, _Span]]] = {}
-    for chunk in layout.chunks:
-        for span in _spans(layout, chunk):
-            homes.setdefault(span.tensor, []).append((chunk, span))
-    return homes
+def _fill(origin: Origin, layout: Layout, chunks: dict[int, StoredChunk]) -> None:
+    """Give ``chunks`` their values, each as soon as it has all; a part that is cut anew is put together once."""
+    gathered = {index: Gathered() for index in chunks}
+    pieces: dict[TensorSpec, list[tuple[int, int, int, int]]] = {}
+    for index, stored in chunks.items():
+        for tensor, first, at, count in layout.pieces_of(stored.chunk):
+            pieces.setdefault(tensor, []).append((index, first, at, count))
+    open_ = {index: sum(1 for _ in layout.pieces_of(stored.chunk)) for index, stored in chunks.items()}
+    for tensor, places in pieces.items():
+        same = origin.same(tensor)
+        recut = origin.recut(tensor) if same is None else None
+        for index, first, at, count in places:
+            into, numel = gathered[index], chunks[index].chunk.numel
+            if same is not None:
+                origin.copy(same, first, count, at, into, numel)
+            elif recut is not None:
+                into.note({"version": recut.version, "scalars": recut.scalars}, True)
+                for what, source in recut.tensors.items():
+                    target = into.tensors.setdefault(what, torch.zeros(numel, dtype=source.dtype))
+                    target[at : at + count] = source[first : first + count]
+            open_[index] -= 1
+            if not open_[index]:
+                _restore(chunks[index], gathered.pop(index))
 
 
-def _parts(rows: dict[int, tuple[str, dict[str, Any]]], files: dict[str, TensorFile]) -> dict[int, list[str]]:
-    """What each old chunk's own file holds of it: ``weights`` and the names of the rule's tensors."""
-    parts: dict[int, list[str]] = {}
-    for name, file in files.items():
-        for key in file:
-            index, _, part = key.partition(".")
-            if index.isdecimal() and rows.get(int(index), ("",))[0] == name:
-                parts.setdefault(int(index), []).append(part)
-    return parts
-
-
-def _restore_chunk(
-    stored: StoredChunk,
-    layout: Layout,
-    old: Layout,
-    homes: dict[str, list[tuple[Chunk, _Span]]],
-    rows: dict[int, tuple[str, dict[str, Any]]],
-    files: dict[str, TensorFile],
-    parts: dict[int, list[str]],
-) -> None:
-    same_rule = old.model.rule == layout.model.rule
-    dtype = torch_dtype(stored.chunk.dtype)
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, float] = {}
-    version = 0
-    for span in _spans(layout, stored.chunk):
-        for chunk, home in homes[span.tensor]:
-            low, high = max(span.first, home.first), min(span.first + span.count, home.first + home.count)
-            if low >= high:
-                continue
-            name, row = rows[chunk.index]
-            if "weights" not in parts.get(chunk.index, ()):
-                raise CheckpointError(files[name].path, f"does not hold the weights of chunk {chunk.index}")
-            version = max(version, row["version"])
-            for scalar, value in row["scalars"].items() if same_rule else ():
-                scalars[scalar] = max(value, scalars.get(scalar, value))
-            for part in parts[chunk.index]:
-                if not (same_rule or part == "weights"):
-                    continue
-                key = f"{chunk.index}.{part}"
-                source = from_bytes(files[name][key], files[name].heads[key].dtype)
-                target = tensors.setdefault(part, torch.zeros(stored.chunk.numel, dtype=source.dtype))
-                count = high - low
-                at = span.at + low - span.first
-                start = home.at + low - home.first
-                target[at : at + count] = source[start : start + count]
-    weights = tensors.pop("weights", torch.zeros(stored.chunk.numel, dtype=dtype))
-    stored.restore(weights, {**tensors, **scalars}, version)
+def _restore(stored: StoredChunk, found: Gathered) -> None:
+    empty = torch.zeros(stored.chunk.numel, dtype=torch_dtype(stored.chunk.dtype))
+    stored.restore(found.tensors.pop("weights", empty), {**found.tensors, **found.scalars}, found.version)

@@ -255,7 +255,7 @@ class ShardService:
     def _attach(self, effect: Attach) -> None:
         assert self._shard is not None
         offer = effect.offer
-        memory = sharing.attach(self._shard.shared_layout, offer.pid, offer.fd, offer.nonce)
+        memory = sharing.attach(self._shard.shared_layout(offer.slot), offer.pid, offer.fd, offer.nonce)
         assert self._replication is not None
         self._carry_out(self._replication.after(self._shard.attached(effect, memory)))
 

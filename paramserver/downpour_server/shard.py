@@ -23,6 +23,7 @@ from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
 from downpour_server.attached import AttachedMemory, Lodging
+from downpour_server.columns import Columns
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.effects import Attach, Effect, Reply, SendWeights
@@ -61,7 +62,7 @@ class _Ending:
 
 @dataclass(slots=True)
 class _Fetch:
-    """A fetch that is not answered yet. ``seq`` is -1 for a pull: it waits for the first weights, and ``version``.
+    """A fetch that is not answered yet. ``seq`` is -1 for most pulls: they wait for the first weights, and ``version``.
 
     ``memory``: where the weights are to be brought; None: they are sent.
     """
@@ -110,16 +111,16 @@ class Shard:
         self._mode = mode
         self._timeout_s = timeout_s
         self._members = Members(workers, take_over=mode.synchronous)
+        self._columns = Columns(layout, self.chunks, self._members)
         self._gates: dict[int, Gate] = {}
         for index, stored in self.chunks.items():
             bounded = stored.chunk.kind == "trainable" or mode.synchronous
-            self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._members)
+            self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._columns.members_of(stored))
         self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
         self._ending: list[_Ending] = []
         self._attached: dict[int, AttachedMemory] = {}
         """by slot"""
         self._lodging = Lodging(self.chunks.values(), self._members)
-        self.shared_layout = SharedLayout(layout)
         self._staged = StagedPayloads()
         self._capture: Capture | None = None
         self._position: tuple[int, ...] = ()
@@ -233,7 +234,7 @@ class Shard:
         for slot in change.over | change.taken_over:
             self._dismiss(slot, effects)
         for index, gate in self._gates.items():
-            gate.joined(change.joined)
+            gate.joined(self._columns.among(change.joined, self.chunks[index]))
             for slot in change.lost | change.joined:
                 self.chunks[index].forget(slot)
             for slot in change.taken_over:
@@ -244,6 +245,10 @@ class Shard:
                 self._trail.forget(slot)
         self._members_changed(effects)
         return effects
+
+    def shared_layout(self, slot: int) -> SharedLayout:
+        """How the memory is laid out that this slot's worker shares."""
+        return self._columns.shared(slot)
 
     def attached(self, attach: Attach, memory: memoryview | None) -> list[Effect]:
         """The memory of :class:`Attach` is mapped, or cannot be."""
@@ -256,7 +261,9 @@ class Shard:
             if self._lodging.host is not None and self._lodging.host[0] == offer.slot:
                 self._lodging.end()
             worker = (offer.slot, offer.worker_epoch)
-            self._attached[offer.slot] = AttachedMemory(worker, memory, self.shared_layout, offer.in_place)
+            in_place = offer.in_place and self._columns.ranks == 1
+            layout = self.shared_layout(offer.slot)
+            self._attached[offer.slot] = AttachedMemory(worker, memory, layout, in_place)
             if self._stays_home:
                 self._attached[offer.slot].may_lodge = False
             effects.append(Reply(attach.peer, m.Ack(offer.request, 0)))
@@ -271,7 +278,7 @@ class Shard:
                 fetches.remove(fetch)
                 names = ", ".join(f"worker/{s}" for s in self._gates[index].waits_for(fetch.slot, fetch.seq))
                 if not self.chunks[index].initialised:
-                    names = f"the initial weights of worker/{self._members.chief}"
+                    names = f"the initial weights of worker/{self._columns.chief_of(self.chunks[index])}"
                 elif fetch.version >= 0:
                     names = f"version {fetch.version} of chunk {index}, which is at {self.chunks[index].version}" + (
                         f": {names} must contribute" if names else ""
@@ -324,12 +331,8 @@ class Shard:
         if isinstance(push, m.PushPullStaged):
             held = self._staged.look(push)
             return None if held is None else as_bytes(held.gradient)
-        stored, memory = self.chunks.get(push.chunk), self._memory_of(push)
-        return (
-            None
-            if stored is None or not stored.trainable or memory is None
-            else as_bytes(memory.gradient(stored.chunk))
-        )
+        stored, memory = self._in_memory(push)
+        return None if stored is None or memory is None else as_bytes(memory.gradient(stored.chunk))
 
     # ------------------------------------------------------------ contributions
 
@@ -337,8 +340,8 @@ class Shard:
         """Find the contribution in the worker's memory; it stays there, unchanged, until the answer."""
         if not self._admits(peer, push, effects):
             return
-        stored, memory = self.chunks.get(push.chunk), self._memory_of(push)
-        if stored is None or not stored.trainable or memory is None:
+        stored, memory = self._in_memory(push)
+        if stored is None or memory is None:
             reason = f"chunk {push.chunk} is not in memory that worker/{push.slot} shares with this shard"
             self._refuse(peer, push.request, Refusal.NOT_SHARED, reason, effects)
             return
@@ -430,8 +433,9 @@ class Shard:
         seen = window.look(push.seq)
         objection, void = self._objection(push, stored, seen), False
         if objection is None and stored.trainable and seen is Seen.NEW:
-            void = not (is_finite(gradient) if finite is None else finite)
-            if void and not self._skips:
+            empty = push.samples == 0  # of a step that its worker skipped, whatever the payload
+            void = empty or not (is_finite(gradient) if finite is None else finite)
+            if void and not (empty or self._skips):
                 objection = Refusal.NON_FINITE, "holds NaN or Inf and was not applied"
         if objection is not None:
             code, reason = objection
@@ -453,7 +457,7 @@ class Shard:
             contribution = Contribution(
                 push.slot, push.seq, push.samples, push.base_version, push.hyper, gradient, push.position, void
             )
-            if void:
+            if void and push.samples:
                 self._count_void(contribution)
             if self._trail is not None and stored.trainable:
                 self._trail.note(push.slot, push.seq, push.position)
@@ -473,6 +477,11 @@ class Shard:
             return Refusal.STALE_EPOCH, f"is meant for epoch {push.shard_epoch} of this shard, not {epoch}"
         if push.seq < 0 or push.samples < 0 or stored.chunk.kind == "frozen":
             return Refusal.MALFORMED, f"to {stored.chunk.kind} chunk {push.chunk} makes no sense"
+        if not self._columns.owns(push.slot, stored):
+            return (
+                Refusal.MALFORMED,
+                f"to chunk {push.chunk}, which another rank of each replica pushes, makes no sense",
+            )
         if seen is Seen.TOO_OLD:
             return Refusal.STALE_SEQ, "is older than the window of repeats"
         if seen is Seen.REPEAT:
@@ -482,6 +491,13 @@ class Shard:
         if not stored.understands(push.hyper):
             return Refusal.MALFORMED, "has options that the update rule cannot take"
         return None
+
+    def _in_memory(self, push: m.PushPullShared) -> tuple[StoredChunk, AttachedMemory] | tuple[None, None]:
+        """The chunk that a contribution is to and the memory that it lies in, if it does."""
+        stored, memory = self.chunks.get(push.chunk), self._memory_of(push)
+        if stored is None or memory is None or not stored.trainable or not self._columns.owns(push.slot, stored):
+            return None, None
+        return stored, memory
 
     def _memory_of(self, message: m.Contribution | m.Pull) -> AttachedMemory | None:
         """The memory that the sender itself has attached, not a worker before it in its slot."""
@@ -493,7 +509,7 @@ class Shard:
             if self._unaligned and stored.chunk.index in self._unaligned:
                 self._unaligned.remove(stored.chunk.index)
                 stored.version = max(stored.version, *(c.seq for c in round_))
-            counted = [c for c in round_ if not c.void] if self._skips else round_
+            counted = [c for c in round_ if not c.void]
             if stored.trainable:
                 for contribution in counted:
                     self.stats.staleness[max(0, stored.version - contribution.base_version)] += 1
@@ -548,16 +564,16 @@ class Shard:
     def _end_epoch(self, peer: Peer, message: m.EndEpoch, now_s: float, effects: list[Effect]) -> None:
         which = (message.loader, message.epoch)
         if self._passes.is_over(which):
-            effects.append(Reply(peer, m.Ack(message.request, self._round())))
+            effects.append(Reply(peer, m.Ack(message.request, self._round(self._columns.trainable(message.slot)))))
             return
         self._ending.append(_Ending(peer, message.request, message.slot, now_s))
         self._passes.end(message.slot, which)
         self._members.end_epoch(message.slot)
         self._members_changed(effects)
 
-    def _round(self) -> int:
-        """The round that the next contributions are meant for; 0 where they are not numbered so."""
-        return max((s.version for s in self._trainable), default=0) if self._mode.synchronous else 0
+    def _round(self, chunks: Iterable[StoredChunk]) -> int:
+        """The round that the next contributions to these are meant for; 0 where they are not numbered so."""
+        return max((s.version for s in chunks), default=0) if self._mode.synchronous else 0
 
     def _members_changed(self, effects: list[Effect]) -> None:
         for index, gate in self._gates.items():
@@ -565,8 +581,9 @@ class Shard:
             self._answer(index, effects)
         if self._members.turn_over():
             if self._passes.turn_over() and self._mode.synchronous:
-                self._number_from(self._round())
-            effects.extend(Reply(entry.peer, m.Ack(entry.request, self._round())) for entry in self._ending)
+                self._number_from(self._round(self._trainable))
+            round_ = self._round(self._trainable)  # the same for the ranks of all columns, as the numbers of rounds are
+            effects.extend(Reply(entry.peer, m.Ack(entry.request, round_)) for entry in self._ending)
             self._ending.clear()
         self._finish_capture(effects)
 
@@ -613,7 +630,7 @@ class Shard:
             return
         self._settle(hello.slot, hello.worker_epoch, hello.done, hello.first)
         if self._recovered and hello.done < 0:  # it begins here and now, so nothing of it was lost
-            for stored in self._trainable:
+            for stored in self._columns.trainable(hello.slot):
                 stored.window(hello.slot, hello.worker_epoch, self._members.first_seq).unsettled = False
         slot, clock = hello.slot, self._clock_of(hello)
         effects.append(
@@ -625,24 +642,25 @@ class Shard:
                     self.identity.shard_epoch,
                     clock,
                     () if self._trail is None else self._trail.before(slot, clock),
-                    self._next_number(hello, [s for s in self.chunks.values() if s.chunk.kind == "buffer"]),
+                    self._next_number(hello, self._columns.buffers(slot)),
                     self._passes.ended.get(slot, ()),
                 ),
             )
         )
         if hello.done >= 0:
-            for index, gate in self._gates.items():
-                gate.reached(slot, hello.done)
-                self._answer(index, effects)
+            for stored in self._columns.chunks(slot):
+                self._gates[stored.chunk.index].reached(slot, hello.done)
+                self._answer(stored.chunk.index, effects)
 
     def _clock_of(self, hello: m.Hello) -> int:
         """Number of the next contribution of a worker to this shard's trainable chunks."""
+        chunks, trainable = self._columns.chunks(hello.slot), self._columns.trainable(hello.slot)
         if not self._mode.synchronous:
-            clocks = (gate.clock_of(hello.slot) for gate in self._gates.values())
+            clocks = (self._gates[stored.chunk.index].clock_of(hello.slot) for stored in chunks)
             return self._members.first_seq + max(clocks, default=0)
         if hello.slot in self._members.ended:  # it waits for the others, wherever they are
-            return min((s.version for s in self._trainable), default=self._members.first_seq)
-        return self._next_number(hello, self._trainable)
+            return min((s.version for s in trainable), default=self._members.first_seq)
+        return self._next_number(hello, trainable)
 
     def _next_number(self, hello: m.Hello, chunks: Iterable[StoredChunk]) -> int:
         first, rounds = self._members.first_seq, self._mode.synchronous
@@ -656,7 +674,7 @@ class Shard:
         them is not here was lost with a former process of this shard."""
         if not self._recovered or done < 0:
             return
-        for stored in self._trainable:
+        for stored in self._columns.trainable(slot):
             window = stored.restored_window(slot, worker_epoch, self._members.first_seq if first < 0 else first)
             if window is not None:
                 window.settle(first)  # below it there never was anything
@@ -665,6 +683,10 @@ class Shard:
     def _initialise(self, peer: Peer, init: m.Init, effects: list[Effect]) -> None:
         stored = self._stored(peer, init.request, init.chunk, init.payload, effects)
         if stored is None:
+            return
+        if not self._columns.owns(init.slot, stored):
+            reason = f"the first weights of chunk {init.chunk} come from another rank of a replica"
+            self._refuse(peer, init.request, Refusal.MALFORMED, reason, effects)
             return
         if stored.trainable and not is_finite(from_bytes(init.payload, stored.chunk.dtype)):
             names = ", ".join(t.name for t, *_ in self.layout.pieces_of(stored.chunk))
@@ -681,8 +703,9 @@ class Shard:
             self._refuse(peer, pull.request, Refusal.MALFORMED, f"chunk {pull.chunk} is not here", effects)
             return
         if not stored.trainable or (memory is not None and not memory.in_place):
-            memory = None
-        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, -1, now_s, memory, pull.version))
+            memory = None  # which it is too where a replica has several ranks: what they pull is sent
+        seq = pull.after if stored.trainable else -1
+        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, seq, now_s, memory, pull.version))
         self._answer(pull.chunk, effects)
 
     def _pushed_to(

@@ -63,7 +63,7 @@ STATE: dict[type, Fields] = {
     Shard: _fields(
         "_position _recovered _unaligned _last_void",
         "chunks stats _members _gates _passes _trail",
-        "identity layout shared_layout _trainable _pushed _pushed_bytes _mode _timeout_s _skips _fetches _ending "
+        "identity layout _columns _trainable _pushed _pushed_bytes _mode _timeout_s _skips _fetches _ending "
         "_attached _lodging _staged _capture _stays_home",
     ),
     Members: _fields("first_seq version _epochs _over _ended _left _awaited", own="_take_over"),

@@ -43,6 +43,8 @@ from downpour_common.messages.cluster import (
     WhoAreYou,
 )
 from downpour_common.messages.control import (
+    Agree,
+    Agreed,
     BeginPass,
     EnterBarrier,
     Follow,
@@ -68,6 +70,7 @@ from downpour_common.messages.control import (
     ShouldStop,
     SnapshotPart,
     SnapshotTaken,
+    Spans,
     StopShard,
     TakeLease,
     TakeSnapshot,
@@ -102,6 +105,8 @@ from downpour_common.messages.data import (
 
 __all__ = [
     "Ack",
+    "Agree",
+    "Agreed",
     "AttachMemory",
     "BeginPass",
     "Buffer",
@@ -171,6 +176,7 @@ __all__ = [
     "ShouldStop",
     "SnapshotPart",
     "SnapshotTaken",
+    "Spans",
     "Stage",
     "Staged",
     "StartProcess",

@@ -333,6 +333,8 @@ class ReportFailure(WorkerNotice):
     TAG = 64
     error: str
     traceback: str
+    consequence: str = ""
+    """it has raised because another rank of its replica has ended (``gone``) or does not do its part (``late``)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +349,39 @@ class Goodbye(WorkerRequest):
     first: int = -1
     done: int = -1
     """numbers of its first contribution and of the one that would come next; all in between were answered. -1: none"""
+
+
+@dataclass(frozen=True, slots=True)
+class Agree(WorkerRequest):
+    """What is to be the same for several workers: the first value that is proposed for ``key`` in a job is everybody's.
+
+    Answered by :class:`Agreed` once there is one. A key that ends in ``/REPLICA/EPOCH`` is forgotten with the processes
+    of that replica."""
+
+    TAG = 69
+    key: str
+    value: bytes
+    proposes: bool
+    """whether ``value`` is a proposal; otherwise it is empty, and the sender waits for that of another worker"""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed(Request):
+    """The value of the key that was asked for."""
+
+    TAG = 70
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Spans(WorkerRequest):
+    """What a traced worker has done since it said so last: a line of ``spans.jsonl``, without its end.
+
+    Answered by :class:`Ack`, whose ``version`` is the coordinator's ``time.time_ns()``, or by :class:`Refused`; then no
+    more are sent."""
+
+    TAG = 71
+    payload: Buffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,8 @@ class Pull(Request):
     chunk: int
     version: int = -1
     """-1: the newest"""
+    after: int = -1
+    """answered no earlier than a :class:`PushPull` of this number by the same worker would be; -1: as soon as may be"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
-from downpour_server.members import Members
+from downpour_server.members import Awaited
 from downpour_server.policy import asynchronous, stale, synchronous
 
 Round = list[Contribution]
@@ -51,7 +51,7 @@ class Gate(Protocol):
         """Clocks by which ``slot``, having completed ``seq``, is ahead of the slowest awaited one."""
 
 
-GateFactory = Callable[[Mode, Members], Gate]
+GateFactory = Callable[[Mode, Awaited], Gate]
 
 POLICIES: dict[str, GateFactory] = {
     "async": asynchronous.AsyncGate,

@@ -6,13 +6,13 @@ from collections.abc import Collection
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
-from downpour_server.members import Members
+from downpour_server.members import Awaited
 
 
 class AsyncGate:
     """Nobody waits for anybody."""
 
-    def __init__(self, _mode: Mode, _members: Members) -> None:
+    def __init__(self, _mode: Mode, _members: Awaited) -> None:
         pass
 
     def offer(self, contribution: Contribution) -> list[list[Contribution]]:

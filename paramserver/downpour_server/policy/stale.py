@@ -17,13 +17,13 @@ from collections.abc import Collection
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
-from downpour_server.members import Members
+from downpour_server.members import Awaited
 
 
 class StaleGate:
     """Counts clocks per slot."""
 
-    def __init__(self, mode: Mode, members: Members) -> None:
+    def __init__(self, mode: Mode, members: Awaited) -> None:
         self._bound = mode.staleness
         self._members = members
         self._done: dict[int, int] = {}

@@ -13,13 +13,13 @@ from collections.abc import Collection
 
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
-from downpour_server.members import Members
+from downpour_server.members import Awaited
 
 
 class SyncGate:
     """Rounds of one chunk."""
 
-    def __init__(self, _mode: Mode, members: Members) -> None:
+    def __init__(self, _mode: Mode, members: Awaited) -> None:
         self._members = members
         self._queues: dict[int, deque[Contribution]] = {}
         self._applied: dict[int, int] = {}
