@@ -370,7 +370,8 @@ class Job:
 def make_job(body: Body, context: WorkerContext = CONTEXT) -> Job:
     """A job that is not running yet."""
     facts = JobFacts("test", context.workers, context.shards, parse_mode(context.mode), context.seed, 1024)
-    return Job(context, body, Training(replace(facts, chunk_bytes=context.chunk_bytes), "checkpoints/{}".format))
+    facts = replace(facts, chunk_bytes=context.chunk_bytes, ranks=context.ranks)
+    return Job(context, body, Training(facts, "checkpoints/{}".format))
 
 
 def run_job(body: Body, context: WorkerContext = CONTEXT) -> Job:

@@ -18,6 +18,7 @@ from downpour.api import (
     clock,
     device,
     epoch,
+    forward_backward,
     is_chief,
     log,
     prepare,
@@ -27,6 +28,7 @@ from downpour.api import (
     save,
     seed,
     should_stop,
+    unsplit,
     world_size,
 )
 from downpour_common.errors import (
@@ -45,11 +47,15 @@ from downpour_common.errors import (
 )
 
 if TYPE_CHECKING:
+    from downpour.clipping import clip_grad_norm_
     from downpour.jobs.api import Job, job, nodes, submit
     from downpour.jobs.errors import ClusterError, CoordinatorUnreachable, Forbidden, JobCancelled, NotFinished
     from downpour.jobs.status import JobStatus
+    from downpour.parallel.branches import Branches
+    from downpour.parallel.plan import Plan
 
 __all__ = [
+    "Branches",
     "BundleError",
     "CheckpointError",
     "ClusterError",
@@ -68,11 +74,14 @@ __all__ = [
     "PeerError",
     "PeerRefused",
     "PeerTimeout",
+    "Plan",
     "ProtocolError",
     "barrier",
+    "clip_grad_norm_",
     "clock",
     "device",
     "epoch",
+    "forward_backward",
     "is_chief",
     "job",
     "log",
@@ -85,21 +94,25 @@ __all__ = [
     "seed",
     "should_stop",
     "submit",
+    "unsplit",
     "world_size",
 ]
 
-_CLUSTER = {
+_LATER = {
     **dict.fromkeys(("Job", "job", "nodes", "submit"), "downpour.jobs.api"),
     **dict.fromkeys(
         ("ClusterError", "CoordinatorUnreachable", "Forbidden", "JobCancelled", "NotFinished"), "downpour.jobs.errors"
     ),
     "JobStatus": "downpour.jobs.status",
+    "clip_grad_norm_": "downpour.clipping",
+    "Branches": "downpour.parallel.branches",
+    "Plan": "downpour.parallel.plan",
 }
-"""What a training script does not need, imported at its first use."""
+"""What few training scripts need, or what would import torch, imported at its first use."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _CLUSTER:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_CLUSTER[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
     return value

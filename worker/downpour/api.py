@@ -6,31 +6,40 @@ import atexit
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from downpour.context import WorkerContext, from_environment
+from downpour.tuning import Trial, measured, trial_asked_for
 from downpour_common.errors import ConfigError
 from downpour_common.quick_start import defer_compiler
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from downpour.parallel.microbatch import Criterion
+    from downpour.parallel.plan import Plan
     from downpour.session import Session
 
 _context: WorkerContext | None = from_environment()
-if _context is not None:
+_trial: Trial | None = trial_asked_for() if _context is None else None
+if _context is not None or _trial is not None:
     defer_compiler()
 _session: Session | None = None
 _local_model: Any = None
 
 
-def prepare(*objects: Any) -> Any:
+def prepare(*objects: Any, plan: Plan | None = None) -> Any:
     """Make a script's model, optimizer and data loaders part of the job; returns them in the order given.
 
     Any of ``torch.nn.Module``, ``torch.optim.Optimizer`` and ``torch.utils.data.DataLoader`` may be given; at most
     one model and one optimizer, any number of loaders, the training loader first. One object is returned as itself,
     several as a tuple. Call it once, after the model is on its device.
+
+    ``plan`` says how the model is split where a replica has several ranks (``--tensor``, ``--pipeline``); without it
+    Downpour finds a way by itself.
 
     Under a launcher the model's parameters become views into flat vectors and take the job's weights, the
     optimizer's ``step`` pushes and pulls, and the loaders yield this worker's part of each pass. Without one, all
@@ -55,9 +64,13 @@ def prepare(*objects: Any) -> Any:
         )
     _local_model = models[0] if models else None
     prepared: list[Any] = list(objects)
+    new: Iterator[Any]
     if _context is not None:
         session = _join(_context)
-        new = iter(session.prepare(_local_model, optimizers[0] if optimizers else None, loaders))
+        new = iter(session.prepare(_local_model, optimizers[0] if optimizers else None, loaders, plan))
+        prepared = [next(new) if isinstance(o, DataLoader) else o for o in objects]
+    elif _trial is not None:
+        new = iter(measured(_trial, _local_model, optimizers[0] if optimizers else None, loaders))
         prepared = [next(new) if isinstance(o, DataLoader) else o for o in objects]
     return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
@@ -83,8 +96,11 @@ def _watch_the_end(session: Session) -> None:
 
     def on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
-        session.fail(error, text)
-        previous(kind, error, trace)
+        told = session.fail(error, text)
+        if told == text:
+            previous(kind, error, trace)
+        else:
+            sys.stderr.write(told)
 
     sys.excepthook = on_exception
     atexit.register(_finish, session)
@@ -128,15 +144,44 @@ def is_chief() -> bool:
 
 
 def rank() -> int:
-    """This worker's slot: 0 to ``world_size() - 1`` as long as no worker has left the job; 0 without a launcher."""
-    return 0 if _context is None else _context.slot
+    """This replica's number: 0 to ``world_size() - 1`` as long as none has left the job; 0 without a launcher.
+
+    It is the worker's slot, unless ``--tensor`` or ``--pipeline`` make a replica of several workers.
+    """
+    return 0 if _context is None else _context.replica
 
 
 def world_size() -> int:
-    """The number of workers, which changes when one joins or leaves; 1 without a launcher."""
+    """The number of replicas, which changes when one joins or leaves; 1 without a launcher."""
     if _session is not None:
         return _session.workers
-    return 1 if _context is None else _context.workers
+    return 1 if _context is None else _context.workers // _context.ranks
+
+
+def forward_backward(model: nn.Module, criterion: Criterion, inputs: Any, targets: Any) -> torch.Tensor:
+    """Forward and backward of one batch; returns the loss, detached, the same on all ranks of a replica.
+
+    In place of ``loss = criterion(model(inputs), targets)`` and ``loss.backward()``. A model in pipeline stages needs
+    it, because its micro-batches are under way forward and backward at the same time; with ``--microbatches`` and no
+    pipeline it adds up the gradients of smaller batches. ``criterion(outputs, targets)`` gives the mean over the
+    samples. ``inputs`` and ``targets`` are tensors, or tuples of them, with the samples along their first dimension.
+    """
+    if _session is not None:
+        return _session.forward_backward(model, criterion, inputs, targets)
+    from downpour.parallel.microbatch import microbatched
+
+    return microbatched(model, criterion, inputs, targets, 1)
+
+
+def unsplit(model: nn.Module) -> nn.Module:
+    """``model`` as one worker can run it alone: itself, or a copy with the newest weights if it is split over ranks.
+
+    For evaluation on the chief: ``if downpour.is_chief(): evaluate(downpour.unsplit(model))``. The copy needs the
+    memory of the whole model. Raises :class:`downpour.ConfigError` for another model than the prepared one.
+    """
+    if _session is None:
+        return model
+    return _session.unsplit(model)
 
 
 def seed() -> int:

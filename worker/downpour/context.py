@@ -6,13 +6,18 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from downpour_common.errors import ConfigError
 from downpour_common.keys import ClientKeys, KeyPair
 from downpour_common.modes import Mode, parse_mode
+from downpour_common.replicas import Schedule, chosen_microbatches
+
+if TYPE_CHECKING:
+    from downpour.parallel.group import Place
 
 VARIABLE = "DOWNPOUR_WORKER"
+Autocast = Literal["off", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,58 @@ class WorkerContext:
     """with ``shared_memory``: the servers may keep their weights in this worker's memory while it is the only one"""
     on_nan: str = "fail"
     """``fail``: a gradient with NaN or Inf is an error of the script; else the servers leave it out"""
+    autocast: Autocast = "off"
+    """see :mod:`downpour.precision`"""
+    activation_checkpointing: bool = False
+    """see :mod:`downpour.activations`"""
+    trace: bool = False
+    """spans are recorded, see :mod:`downpour.spans`"""
+    fetch: Literal["whole", "layers"] = "whole"
+    """``layers``: see :mod:`downpour.layerwise`"""
+    memory: int = 0
+    """with it: bytes of weights and gradients held at most; 0: chosen"""
+    widths: tuple[int, ...] = (1,)
+    """ranks of each pipeline stage of a replica"""
+    schedule: Schedule = "1f1b"
+    microbatches: int = 0
+    """parts of a batch; 0: chosen, see :attr:`parts`"""
+    interleave: int = 2
+    """schedule ``interleaved``: stages of each rank"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON has lists
 
     @property
     def parsed_mode(self) -> Mode:
         """``mode``, parsed."""
         return parse_mode(self.mode)
+
+    @property
+    def ranks(self) -> int:
+        """Workers of a replica."""
+        return sum(self.widths)
+
+    @property
+    def rank(self) -> int:
+        """This worker's number in its replica."""
+        return self.slot % self.ranks
+
+    @property
+    def replica(self) -> int:
+        """The number of this worker's replica."""
+        return self.slot // self.ranks
+
+    @property
+    def parts(self) -> int:
+        """Parts that a batch is computed in."""
+        return chosen_microbatches(self.microbatches, len(self.widths))
+
+    @property
+    def place(self) -> Place:
+        """Where this worker stands in its replica."""
+        from downpour.parallel.group import Place
+
+        return Place(self.rank, self.widths)
 
     @property
     def is_chief(self) -> bool:

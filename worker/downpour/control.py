@@ -17,7 +17,7 @@ from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour.engine import Counters
 from downpour_common import messages as m
-from downpour_common.errors import ModelMismatch, PeerRefused, PeerTimeout
+from downpour_common.errors import MateLost, ModelMismatch, PeerRefused, PeerTimeout
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Refusal, Request
 
@@ -81,6 +81,15 @@ class Control:
         """Wait until every live worker is here. All barriers have one name, so that one who joins late finds them."""
         self._ask(m.EnterBarrier(*self._me(), "barrier"), "the other workers at the barrier", self._leave_point)
 
+    def agree(self, key: str, value: bytes | None = None) -> bytes:
+        """The value that the job's workers have for ``key``: the first that was proposed, which may be ``value``.
+        Without one of its own this worker waits for another's, as long as it may take until all have joined."""
+        request = m.Agree(*self._me(), key, value or b"", value is not None)
+        awaited = f"a worker's word on {key}"
+        answer = self._ask(request, awaited, self._leave_point, timeout_s=self._context.start_timeout_s)
+        assert isinstance(answer, m.Agreed)
+        return answer.value
+
     def log(self, clock: int, values: Mapping[str, float]) -> None:
         """Send scalars to the run's metrics; :meth:`settle` waits for them."""
         while self._unnoted and self._unnoted[0].settled():
@@ -90,6 +99,10 @@ class Control:
         ticket = Ticket(1)
         self._unnoted.append(ticket)
         self._submit(m.LogMetrics(*self._me(), clock, dict(values)), ticket, "metrics to be noted", math.inf)
+
+    def spans(self, line: bytes, ticket: Ticket) -> None:
+        """Send what this worker has done, see :mod:`downpour.tracing`; nobody waits for it."""
+        self._submit(m.Spans(*self._me(), line), ticket, "spans to be noted", math.inf)
 
     def progress(
         self, counters: Counters, clock: int, epoch: int, traffic: tuple[int, int], shard_epochs: tuple[int, ...]
@@ -129,7 +142,8 @@ class Control:
         """The script has raised."""
         c = self._context
         text = f"{type(error).__name__}: {error}"
-        message = m.ReportFailure(c.job, c.slot, c.worker_epoch, text, trace[-TRACE_CHARACTERS:])
+        consequence = ("late" if error.late else "gone") if isinstance(error, MateLost) else ""
+        message = m.ReportFailure(c.job, c.slot, c.worker_epoch, text, trace[-TRACE_CHARACTERS:], consequence)
         self._thread.tell(c.coordinator, message)
 
     def _me(self) -> tuple[int, str, int, int]:

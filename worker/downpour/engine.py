@@ -20,6 +20,7 @@ from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.model import options_of
 from downpour.overlap import Overlap
 from downpour.space import FlatSpace
+from downpour.spans import span
 from downpour.staging import Staging
 from downpour_common import failpoints, wire
 from downpour_common import messages as m
@@ -69,7 +70,11 @@ class Engine:
         self._seq = first_seq
         self._first_clock = clock
         self._samples = 0
-        self._chunks = space.layout.by_kind["trainable"]
+        self._new_samples = 0
+        """of the step to come"""
+        self._empty = True
+        """whether all steps since the last push were skipped"""
+        self._chunks = space.column.by_kind["trainable"]
         self._first_needed_first = tuple(reversed(self._chunks))
         self._overlap: Overlap | None = None
         self._ahead = False
@@ -93,11 +98,18 @@ class Engine:
 
     def add_samples(self, count: int) -> None:
         """The gradient at hand comes from ``count`` more samples."""
-        self._samples += count
+        self._new_samples += count
         self.counters.samples += count
 
-    def step(self, local_step: Callable[[], None]) -> None:
-        """Complete one step; see the module."""
+    def step(self, local_step: Callable[[], None], skipped: bool = False) -> None:
+        """Complete one step; see the module. One that is ``skipped`` counts, so that the workers' steps keep meeting
+        each other in rounds; its gradients, and the samples they come from, do not."""
+        if skipped:
+            self._space.zero_gradients()
+            local_step = _nothing
+        else:
+            self._counts(self._new_samples)
+        self._new_samples = 0
         self._space.gather_gradients()
         if self._watches:
             self._look_for_non_finite()
@@ -125,7 +137,8 @@ class Engine:
         if self._overlap is not None:
             self._overlap.forget()
         landed = self._land()
-        self._samples = samples
+        self._samples = self._new_samples = 0
+        self._counts(samples)
         self.counters.samples += samples
         self._push(self._space.gradients)
         if landed is not None:
@@ -152,8 +165,9 @@ class Engine:
         self._land()
         started_s = time.perf_counter()
         self.counters.pulls += 1
-        ticket = self._client.start_pull(self._first_needed_first, self._staging.mirrors)
-        self._place(ticket, len(self._chunks))
+        with span("pull"):
+            ticket = self._client.start_pull(self._first_needed_first, self._staging.mirrors)
+            self._place(ticket, len(self._chunks))
         if self._ahead:
             self._client.compute_on(self._client.fetched())
         self.counters.wait_s += time.perf_counter() - started_s
@@ -184,14 +198,16 @@ class Engine:
         header = self._header()
         self.counters.pushes += 1
         self.counters.pulls += 1
-        ticket = self._client.begin_push_pull(len(self._chunks), self._staging.mirrors)
-        current = frozenset() if self._overlap is None else self._overlap.settle()
-        # In one order for all workers: answers may wait for the others', and hold the credit of what comes later.
-        for ready in self._staging.outgoing(self._first_needed_first, source, current):
-            self._client.add_push_pull(ready, header, ticket)
+        with span("push"):
+            ticket = self._client.begin_push_pull(len(self._chunks), self._staging.mirrors)
+            current = frozenset() if self._overlap is None else self._overlap.settle()
+            # In one order for all workers: answers may wait for the others', and hold the credit of what comes later.
+            for ready in self._staging.outgoing(self._first_needed_first, source, current):
+                self._client.add_push_pull(ready, header, ticket)
         if failpoints.on:
             failpoints.hit("worker.push.sent")
-        self._place(ticket, len(self._chunks))
+        with span("pull"):
+            self._place(ticket, len(self._chunks))
         if self._overlap is not None:
             self._overlap.judge(time.perf_counter())
         self.counters.wait_s += time.perf_counter() - started_s
@@ -202,9 +218,10 @@ class Engine:
         landed = self._land()
         self.counters.pushes += 1
         self.counters.pulls += 1
-        self._under_way = self._client.begin_push_pull(len(self._chunks))
-        for ready in self._staging.outgoing(self._first_needed_first, self._space.gradients):
-            self._client.add_push_pull(ready, header, self._under_way)
+        with span("push"):
+            self._under_way = self._client.begin_push_pull(len(self._chunks))
+            for ready in self._staging.outgoing(self._first_needed_first, self._space.gradients):
+                self._client.add_push_pull(ready, header, self._under_way)
         if landed is not None:
             self._client.compute_on(landed)
         self.counters.wait_s += time.perf_counter() - started_s
@@ -215,9 +232,10 @@ class Engine:
         if ticket is None:
             return None
         try:
-            ticket.wait()
+            with span("pull"):
+                ticket.wait()
         except NonFiniteContribution as error:  # the gradients at hand are another step's, so no name
-            raise _explained(error, self.counters.clock - 1, None) from None
+            raise explained(error, self.counters.clock - 1, None) from None
         for chunk in self._chunks:
             self._staging.arrived(chunk)
         self._staging.settle()
@@ -226,9 +244,10 @@ class Engine:
     def _push(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
         self.counters.pushes += 1
-        chunks = [chunk for ready in self._staging.outgoing(self._chunks, source) for chunk in ready]
         try:
-            self._client.push(chunks, self._header())
+            with span("push"):
+                chunks = [chunk for ready in self._staging.outgoing(self._chunks, source) for chunk in ready]
+                self._client.push(chunks, self._header())
         except NonFiniteContribution as error:
             raise self._named(error) from None
         self.counters.wait_s += time.perf_counter() - started_s
@@ -248,11 +267,18 @@ class Engine:
             raise self._named(error) from None
         self._staging.settle()
 
+    def _counts(self, samples: int) -> None:
+        """The next push is of these samples, too."""
+        self._samples += samples
+        self._empty = False
+
     def _header(self) -> PushHeader:
         hyper = [wire.pack(options_of(group)) for group in self._optimizer.param_groups]
-        header = PushHeader(self._seq, max(1, self._samples), self._position(), hyper)
+        samples = 0 if self._empty else max(1, self._samples)
+        header = PushHeader(self._seq, samples, self._position(), hyper)
         self._seq += 1
         self._samples = 0
+        self._empty = True
         return header
 
     def _look_for_non_finite(self) -> None:
@@ -269,10 +295,14 @@ class Engine:
             )
 
     def _named(self, error: NonFiniteContribution) -> NonFiniteContribution:
-        return _explained(error, self.counters.clock, self._space.name_non_finite())
+        return explained(error, self.counters.clock, self._space.name_non_finite())
 
 
-def _explained(error: NonFiniteContribution, clock: int, name: str | None) -> NonFiniteContribution:
+def _nothing() -> None:
+    """The local step of a step that is skipped."""
+
+
+def explained(error: NonFiniteContribution, clock: int, name: str | None) -> NonFiniteContribution:
     return NonFiniteContribution(
         f"step {clock}: the gradient of {name or 'a parameter'} holds NaN or Inf, and the servers "
         "refused it. Lower the learning rate, clip gradients (torch.nn.utils.clip_grad_norm_), or check the "

@@ -14,14 +14,15 @@ from downpour.space import FlatSpace
 from downpour.staging import Staging
 from downpour.takeover import Beginning
 from downpour_common.errors import PeerRefused
-from downpour_common.layout import Chunk, Kind
+from downpour_common.layout import KINDS, Chunk, Kind
 from downpour_common.messages import Refusal
 
 
 class StateExchange:
     """Moves what is not pushed every step: first weights, frozen tensors, buffers.
 
-    ``is_chief``: whether this worker is the chief at that moment.
+    ``is_chief``: whether this worker is the chief at that moment, or a rank of the chief's replica, which brings what
+    is of its own column. ``agreed``: of a number that every rank of the replica has, the greatest.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class StateExchange:
         staging: Staging,
         client: ParameterClient,
         is_chief: Callable[[], bool],
+        agreed: Callable[[int], int] = int,
     ) -> None:
         self._context = context
         self._is_chief = is_chief
+        self._agreed = agreed
         self._space = space
         self._staging = staging
         self._client = client
@@ -41,8 +44,8 @@ class StateExchange:
 
     def start(self, restored: bool) -> Beginning:
         """All workers begin with the same tensors: the chief's, or those that the shards hold."""
-        layout = self._space.layout
-        begins = takeover.fresh(self._client.hello(), layout)
+        begins = takeover.fresh(self._client.hello(), self._space.column)
+        begins = replace(begins, seq=self._agreed(begins.seq))  # its ranks step, and so count, together
         self._begin(begins)
         others = self._lend_others()
         if self._is_chief() and not restored:
@@ -50,7 +53,7 @@ class StateExchange:
             if self._context.worker_epoch == 0:
                 return begins
             # A predecessor may have brought a part of its own, which counts.
-        self._client.pull(layout.chunks)
+        self._fetch(*KINDS)
         self._arrived(others)
         return begins
 
@@ -59,20 +62,20 @@ class StateExchange:
 
         If that one was through with a pass, this is said for it first. ``leave_point`` as in :meth:`ClientThread.wait`.
         """
-        layout = self._space.layout
-        begins = takeover.taken_over(self._client.hello(), layout)
+        column = self._space.column
+        begins = takeover.taken_over(self._client.hello(), column)
         self._begin(begins)
         others = self._lend_others()
         if self._is_chief() and not restored:
             self._initialise()
-        self._client.pull(chunk for chunk in layout.chunks if chunk.kind != "trainable")
+        self._fetch("buffer", "frozen")
         self._arrived(others)
         if begins.finished is not None:
             if begins.ended != (0, begins.finished):
                 self.push_buffers()
             self._client.end_epoch(0, begins.finished, leave_point)
             # Some shards may have been past that end, and others not: now all are.
-            begins = replace(begins, seq=takeover.taken_over(self._client.hello(), layout).seq)
+            begins = replace(begins, seq=takeover.taken_over(self._client.hello(), column).seq)
             self._client.begin_at(begins.seq)
             self.pull_buffers()
         self._pull_round(begins.seq)
@@ -90,20 +93,24 @@ class StateExchange:
         return others
 
     def _initialise(self) -> None:
-        layout = self._space.layout
-        self._staging.weights_out(layout.by_kind["trainable"])
-        self._client.initialise(layout.chunks)
+        column = self._space.column
+        self._staging.weights_out(column.by_kind["trainable"])
+        self._client.initialise(column.chunks)
+
+    def _fetch(self, *kinds: Kind) -> None:
+        """Bring what there is of ``kinds`` to the host; waits for the job's first weights if need be."""
+        self._client.pull(chunk for chunk in self._space.column.chunks if chunk.kind in kinds)
 
     def _arrived(self, others: dict[int, torch.Tensor]) -> None:
         """Bring to the model what has been fetched."""
-        for chunk in self._space.layout.by_kind["trainable"]:
+        for chunk in self._space.column.by_kind["trainable"]:
             self._staging.arrived(chunk)
         self._staging.settle()
         for index, flat in others.items():
             self._space.spread(index, flat)
 
     def _pull_round(self, number: int) -> None:
-        chunks = self._space.layout.by_kind["trainable"]
+        chunks = self._space.column.by_kind["trainable"]
         try:
             self._client.start_pull(chunks, version=number).wait()
         except PeerRefused as error:
@@ -133,7 +140,7 @@ class StateExchange:
                 self._space.spread(index, flat)
 
     def _buffer_chunks(self) -> tuple[Chunk, ...]:
-        return self._space.layout.by_kind["buffer"]
+        return self._space.column.by_kind["buffer"]
 
     def _flats(self, kind: Kind) -> dict[int, torch.Tensor]:
-        return {s.index: self._space.flat_of(s.index) for s in self._space.layout.segments if s.kind == kind}
+        return {s.index: self._space.flat_of(s.index) for s in self._space.column.segments if s.kind == kind}

@@ -25,7 +25,7 @@ class MirrorStaging(CopyingStaging):
         if memory is None:
             self._weights = {i: torch.empty_like(flat) for i, flat in space.weights.items()}
             return
-        shared = SharedLayout(space.layout)
+        shared = SharedLayout(space.layout, space.column.rank)
         self._weights = {
             i: part_of(memory, shared.weights_at(i), len(flat), flat.dtype) for i, flat in space.weights.items()
         }

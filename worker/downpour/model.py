@@ -26,11 +26,14 @@ class Described:
     device: torch.device
 
 
-def describe(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, buffers: str) -> Described:
+def describe(
+    model: nn.Module | None, optimizer: torch.optim.Optimizer | None, buffers: str, meta: bool = False
+) -> Described:
     """Describe what is to be trained. Raises :class:`ModelError` for what cannot be distributed, with the way out.
 
     Parameters in the optimizer that require gradients are trainable; all others are frozen: sent once, so that
-    every worker has the same. Buffers that are not part of the state dict stay each worker's own.
+    every worker has the same. Buffers that are not part of the state dict stay each worker's own. ``meta``: parameters
+    may be on the meta device, and are going to be on the host.
     """
     rule, groups = _rule(optimizer)
     named = _named_tensors(model, groups)
@@ -59,7 +62,7 @@ def describe(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, b
             "check requires_grad and what was given to the optimizer"
         )
     options = tuple(options_of(group) for group in optimizer.param_groups) if optimizer else ()
-    device = _device([tensors[s.name] for s in specs if s.kind == "trainable"] or list(tensors.values()))
+    device = _device([tensors[s.name] for s in specs if s.kind == "trainable"] or list(tensors.values()), meta)
     return Described(ModelSpec(tuple(specs), rule, options, buffers), tensors, device)
 
 
@@ -142,8 +145,13 @@ def _check_dtype(name: str, dtype: str, trainable: bool) -> None:
         )
 
 
-def _device(tensors: list[torch.Tensor]) -> torch.device:
-    devices = {t.device for t in tensors}
+def _device(tensors: list[torch.Tensor], meta: bool) -> torch.device:
+    devices = {torch.device("cpu") if meta and t.is_meta else t.device for t in tensors}
+    if any(device.type == "meta" for device in devices):
+        raise ModelError(
+            "parameters on the meta device have no weights: make the model without it, or have its layers made, "
+            "fetched and dropped one at a time (downpour run --set fetch=layers)"
+        )
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
         raise ModelError(f"the trainable parameters lie on several devices ({names}); a worker trains on one")

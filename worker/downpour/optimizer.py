@@ -12,14 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
+from downpour import scaler
 from downpour_common.errors import ModelError
 
 
 class Stepper(Protocol):
     """Who carries out what the optimizer is asked."""
 
-    def step(self, local_step: Callable[[], None]) -> None:
-        """Push and pull as the mode says; ``local_step`` runs the optimizer's own step on this worker's weights."""
+    def step(self, local_step: Callable[[], None], skipped: bool = False) -> None:
+        """Push and pull as the mode says; ``local_step`` runs the optimizer's own step on this worker's weights.
+
+        ``skipped``: a gradient scaler does without this step; it counts, and contributes nothing.
+        """
 
     def zero_gradients(self) -> None:
         """Zero the gradients of the trainable parameters."""
@@ -41,7 +45,7 @@ def adopt(optimizer: torch.optim.Optimizer, stepper: Stepper) -> None:
                 "compute the loss and call loss.backward() before optimizer.step()"
             )
         self._opt_called = True  # what a scheduler made before prepare looks at
-        stepper.step(local_step)
+        stepper.step(local_step, scaler.take(self))
 
     def zero_grad(self: Any, set_to_none: bool = True) -> None:  # noqa: ARG001
         stepper.zero_gradients()
@@ -58,4 +62,4 @@ def adopt(optimizer: torch.optim.Optimizer, stepper: Stepper) -> None:
     optimizer.__dict__.pop("step", None)  # a scheduler's wrapper around the original
     optimizer.__class__ = adopted
     optimizer._patch_step_function()  # step hooks and the profiler's name, as __init__ does
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # GradScaler unscales itself
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # so it is called for skipped steps, too

@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,16 +19,20 @@ from downpour.client.parameters import ParameterClient
 from downpour.client.thread import ClientThread
 from downpour.context import WorkerContext
 from downpour.control import Control
+from downpour.data.grouped import FollowingLoader, LeadLoader
 from downpour.data.loader import PreparedLoader
 from downpour.drain import EXIT_CODE, Drain
 from downpour.engine import Counters, Engine
 from downpour.exchange import StateExchange
 from downpour.files import save_state_dict
+from downpour.lighter import Lighter
 from downpour.mirror import MirrorStaging
 from downpour.model import Described, describe
 from downpour.optimizer import adopt
+from downpour.parallel.relay import Word
 from downpour.randomness import StepSeeds
 from downpour.space import FlatSpace
+from downpour.spans import span, stepped
 from downpour.staging import staging_for
 from downpour.takeover import Beginning
 from downpour_common import failpoints, sharing
@@ -37,6 +41,13 @@ from downpour_common.errors import ConfigError, ModelError
 from downpour_common.layout import SharedLayout, plan
 from downpour_common.messages import Lease, Message
 from downpour_common.transport import ClientTransport
+
+if TYPE_CHECKING:
+    from downpour.layerwise.join import Layerwise
+    from downpour.parallel.microbatch import Criterion
+    from downpour.parallel.plan import Plan
+    from downpour.parallel.replica import Replica
+    from downpour.tracing import Tracer
 
 PROGRESS_S = 0.5
 
@@ -50,7 +61,7 @@ class Session:
         self.synchronous = context.parsed_mode.synchronous
         self.drain = Drain()
         self._slots = tuple(range(context.workers))
-        self._workers = context.workers
+        self._workers = context.workers // context.ranks
         self._thread = ClientThread(transport, context.window_bytes, self._notice)
         self._control = Control(self._thread, context, self.leave_point)
         self._stop = threading.Event()
@@ -64,15 +75,22 @@ class Session:
         self._taken: dict[int, tuple[int, tuple[int, int] | None, int]] = {}
         self._ended: tuple[int, ...] = ()
         """sync: (loader, epoch) of a pass that the one before in this slot has ended"""
-        self._seeds = StepSeeds(self.seed, self.slot) if self.synchronous else None
+        # The ranks of a replica draw the same.
+        first = context.replica * context.ranks
+        self._seeds = StepSeeds(self.seed, first) if self.synchronous or context.ranks > 1 else None
         self._moves: dict[int, m.ShardMoved] = {}
         """by shard, the newest"""
         self._reported_s = 0.0
         self._loaders: list[PreparedLoader] = []
         self._model: nn.Module | None = None
+        self._layerwise: Layerwise | None = None
+        self._replica: Replica | None = None
+        self._told = Word()
+        """in a replica of several ranks: what its lead has said last"""
         self._client: ParameterClient | None = None
         self._engine: Engine | None = None
         self._exchange: StateExchange | None = None
+        self._tracer: Tracer | None = None
 
     # ------------------------------------------------------------ joining
 
@@ -81,21 +99,40 @@ class Session:
         model: nn.Module | None,
         optimizer: torch.optim.Optimizer | None,
         loaders: list[DataLoader[Any]],
+        plan: Plan | None = None,
     ) -> list[PreparedLoader]:
-        """Join the job with what the script made. Raises :class:`ModelError` and other :class:`DownpourError`."""
+        """Join the job with what the script made. Raises :class:`ModelError` and other :class:`DownpourError`.
+
+        ``plan``: how the model is split, in a job whose replicas have several ranks.
+        """
         if self._prepared:
             raise ModelError(
                 "downpour.prepare was called twice in one worker; call it once with everything "
                 "(several networks: one nn.ModuleDict, one optimizer over all parameters)"
             )
-        described = describe(model, optimizer, self.context.buffers)
+        if self.context.fetch == "layers":
+            from downpour.layerwise.join import Layerwise
+
+            self._layerwise = Layerwise(self.context, model, optimizer)
+            described = self._layerwise.described
+        else:
+            described = describe(model, optimizer, self.context.buffers)
         self._prepared = True
         self._model = model
         self._training_thread = threading.get_ident()
+        kept = self.context.autocast, self.context.activation_checkpointing
+        lighter = None if model is None else Lighter(model, *kept)
+        if self.context.ranks > 1:
+            described = self._split(model, optimizer, loaders, described, plan)
+        if lighter is not None and model is not None:
+            stages = () if self._replica is None else self._replica.stages
+            lighter.apply(stages or [model], described.device)
         welcome = self._control.register(described.spec)
         self._members_are(welcome.slots)
-        begins = self._connect(described, welcome, optimizer)
+        connect = self._connect if self._layerwise is None else self._connect_layers
+        begins = connect(described, welcome, optimizer)
         start = (welcome.position[0], welcome.position[1]) if len(welcome.position) > 1 else (0, 0)
+        self._fetched()
         if begins.position is not None:
             start = begins.position
         epochs = dict(enumerate(welcome.position[2:], 1))
@@ -104,7 +141,7 @@ class Session:
         if not loaders or isinstance(loaders[0].dataset, IterableDataset):
             self._position = ()  # only whole passes can be told
         self._loaders = [
-            PreparedLoader(loader, index, self, start if index == 0 else (epochs.get(index, 0), 0))
+            self._prepared_loader(loader, index, start if index == 0 else (epochs.get(index, 0), 0))
             for index, loader in enumerate(loaders)
         ]
         self._ended = begins.ended
@@ -115,8 +152,49 @@ class Session:
         self.drain.install()
         if model is not None:
             model.register_load_state_dict_post_hook(_warn_of_loading)
+        if self.context.trace:
+            self._trace(model)
         self._report(force=True)
         return self._loaders
+
+    def _trace(self, model: nn.Module | None) -> None:
+        from downpour.tracing import Tracer
+
+        self._tracer = Tracer(self._control, self.context)
+        stepped(self.clock)
+        if model is not None:
+            pipelined = self._replica is not None and self._replica.pipeline is not None
+            self._tracer.watch(model, holds=self._layerwise is None, computes=not pipelined)
+
+    def _split(
+        self,
+        model: nn.Module | None,
+        optimizer: torch.optim.Optimizer | None,
+        loaders: list[DataLoader[Any]],
+        described: Described,
+        plan: Plan | None,
+    ) -> Described:
+        """Meet the other ranks of the replica, and keep this one's part of the model."""
+        from downpour.parallel.replica import Replica, join  # torch.distributed takes half a second
+
+        if model is None:
+            raise ModelError("--tensor and --pipeline split a model; give one to downpour.prepare")
+        self._replica = Replica(join(self.context, self._control, described.device))
+
+        def example() -> Any:
+            if not loaders:
+                raise ModelError("--pipeline measures the model on a batch; give downpour.prepare the training loader")
+            batch = next(iter(loaders[0]))
+            found = batch[0] if isinstance(batch, (list, tuple)) else batch
+            return found.to(described.device) if isinstance(found, torch.Tensor) else found
+
+        return self._replica.split(model, optimizer, described, plan, self.context, example, self._control.agree)
+
+    def _prepared_loader(self, loader: DataLoader[Any], index: int, start: tuple[int, int]) -> PreparedLoader:
+        if self._replica is None:
+            return PreparedLoader(loader, index, self, start)
+        kind = LeadLoader if self._replica.leads else FollowingLoader
+        return kind(loader, index, self, start, self._replica.relay)
 
     def _connect(self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None) -> Beginning:
         c = self.context
@@ -124,15 +202,16 @@ class Session:
         # Accrued and rounded gradients and GPU mirrors lie elsewhere; there, payloads are sent.
         rounded = c.push_dtype == "bfloat16"
         shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1 and not rounded
-        offered = sharing.offer(SharedLayout(layout)) if shareable else None
+        offered = sharing.offer(SharedLayout(layout, c.rank)) if shareable else None
         memory = offered.view if offered else None
         mirrored = c.fetch_ahead and described.device.type == "cpu"
-        space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory)
+        space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory, c.rank)
         staging = MirrorStaging(space, memory, rounded) if mirrored else staging_for(space, rounded)
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
         for move in list(self._moves.values()):
             self._client.moved(move)
-        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.is_chief)
+        agreed = int if self._replica is None else self._replica.greatest
+        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.of_chief, agreed)
         # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
         epoch = welcome.position[0] if welcome.position else 0
         self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), self._client.shard_epochs)
@@ -158,8 +237,36 @@ class Session:
             )
             if c.fetch_ahead:
                 self._engine.fetch_ahead()
-            elif c.overlap == "auto":
+            elif c.overlap == "auto" and c.ranks == 1:
                 self._engine.overlap()
+            adopt(optimizer, self)
+        return begins
+
+    def _connect_layers(
+        self, described: Described, welcome: m.Welcome, optimizer: torch.optim.Optimizer | None
+    ) -> Beginning:
+        """As :meth:`_connect`, with parameters that come and go layer by layer; see :mod:`downpour.layerwise`."""
+        assert self._layerwise is not None
+        from downpour.layerwise.space import LayerStaging
+
+        c = self.context
+        layout = plan(described.spec, c.shards, c.chunk_bytes)
+        space = self._layerwise.space(layout)
+        client = self._client = ParameterClient(self._thread, c, layout, welcome.shards, LayerStaging(space))
+        for move in list(self._moves.values()):
+            client.moved(move)
+        self._exchange = self._layerwise.exchange(space, client, lambda: self.is_chief)
+        epoch = welcome.position[0] if welcome.position else 0
+        self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), client.shard_epochs)
+        if welcome.takes_over:
+            begins = self._exchange.take_over(welcome.restored, self.leave_point)
+        else:
+            begins = self._exchange.start(welcome.restored)
+        if optimizer is not None:
+            clock = begins.seq if welcome.takes_over else welcome.clock
+            self._engine = self._layerwise.engine(
+                space, client, optimizer, clock, begins.seq, lambda: self._position, self._use_batches
+            )
             adopt(optimizer, self)
         return begins
 
@@ -176,28 +283,40 @@ class Session:
 
     # ------------------------------------------------------------ training
 
-    def step(self, local_step: Callable[[], None]) -> None:
+    def step(self, local_step: Callable[[], None], skipped: bool = False) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
         assert self._engine is not None
         own_data = not self._taken
         self._use_batches()
-        self._engine.step(local_step)
+        if self._replica is not None:
+            self._replica.add_up_gradients()
+        self._engine.step(local_step, skipped)
+        self._fetched()
         self._stepped(own_data)
 
     def zero_gradients(self) -> None:
         """See :class:`downpour.optimizer.Stepper`."""
         assert self._engine is not None
         self._engine.zero_gradients()
+        if self._replica is not None:
+            self._replica.zero_gradients()
 
     def pull(self) -> None:
         """Fetch the newest weights now."""
         if self._engine is not None:
             self._engine.pull()
+            self._fetched()
+
+    def _fetched(self) -> None:
+        if self._replica is not None:
+            self._replica.spread_weights()
 
     def push(self, samples: int) -> None:
         """Push the gradients at hand, without fetching."""
         if self._engine is None:
             raise ConfigError("downpour.push needs an optimizer; give one to downpour.prepare")
+        if self._replica is not None:
+            self._replica.add_up_gradients()
         self._engine.push(samples)
         self._stepped(not self._taken)
 
@@ -208,6 +327,11 @@ class Session:
         for loader in self._loaders:
             loader.stepped()
         self._report()
+        if self._tracer is not None:
+            self._tracer.stepped(self.clock, self._moved())
+        if self._replica is not None and not self._loaders:
+            stop, leave = self._replica.any_of(self._stop.is_set(), self.drain.asked)
+            self.told(Word(stop=stop or leave, leave=leave))
         self.leave_point()
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -217,28 +341,35 @@ class Session:
     def barrier(self) -> None:
         """Wait until every live worker is here."""
         self.leave_point()
-        self._control.barrier()
+        with span("wait"):
+            self._control.barrier()
 
     # ------------------------------------------------------------ who is there
 
     @property
     def workers(self) -> int:
-        """Workers in the job, as far as this one knows."""
+        """Replicas in the job, as far as this worker knows: the workers, unless a replica has several ranks."""
         return self._workers
 
     @property
     def share(self) -> tuple[int, int]:
-        """(workers, index) of this worker among them, ascending by slot."""
-        return self._workers, sum(slot < self.slot for slot in self._slots)
+        """(replicas, index) of this worker's replica among them, ascending by slot."""
+        return self._workers, sum(slot < self.slot for slot in self._slots) // self.context.ranks
 
     @property
     def is_chief(self) -> bool:
         """Whether this is the member with the lowest slot."""
         return not self._slots or self.slot <= self._slots[0]
 
+    @property
+    def of_chief(self) -> bool:
+        """Whether this is the chief, or another rank of its replica."""
+        ranks = self.context.ranks
+        return not self._slots or self.slot // ranks <= self._slots[0] // ranks
+
     def _members_are(self, slots: tuple[int, ...]) -> None:
         self._slots = slots
-        self._workers = max(1, len(slots))
+        self._workers = max(1, len(slots) // self.context.ranks)
 
     @property
     def clock(self) -> int:
@@ -251,7 +382,10 @@ class Session:
         return self._loaders[0].epoch if self._loaders else self._start_position[0]
 
     def should_stop(self) -> bool:
-        """Whether the job is being stopped, or this worker is to leave it."""
+        """Whether the job is being stopped, or this worker is to leave it. All ranks of a replica say the same, what
+        their lead knew at the newest batch."""
+        if self._replica is not None:
+            return self._told.stop
         return self._stop.is_set() or self.drain.asked
 
     @property
@@ -260,8 +394,22 @@ class Session:
         return self.drain.asked
 
     def leave_point(self) -> None:
-        """End the script, in good order, if this worker is to leave; :meth:`finish` does the rest."""
-        if self.drain.asked and not self._closed:
+        """End the script, in good order, if this worker is to leave; :meth:`finish` does the rest.
+
+        The ranks of a replica leave together, where their lead says so (:meth:`told`).
+        """
+        if self.drain.asked and not self._closed and self._replica is None:
+            raise SystemExit(EXIT_CODE)
+
+    def word(self) -> Word:
+        """See :class:`downpour.data.grouped.GroupHost`."""
+        return Word(stop=self._stop.is_set() or self.drain.asked, leave=self.drain.asked)
+
+    def told(self, word: Word) -> None:
+        """See :class:`downpour.data.grouped.GroupHost`."""
+        self._told = word
+        if word.leave and not self._closed:
+            self.drain.ask()
             raise SystemExit(EXIT_CODE)
 
     def save(self, path: str) -> None:
@@ -269,8 +417,31 @@ class Session:
         if self._model is None:
             raise ConfigError("downpour.save needs a model; give one to downpour.prepare")
         if self.is_chief:
-            self.pull()
-            save_state_dict(self._model, path)
+            if self._replica is None:
+                self.pull()
+            if self._layerwise is not None:
+                save_state_dict(self._model, path, self._layerwise.read)
+            else:
+                save_state_dict(self.unsplit(self._model), path)
+
+    def unsplit(self, model: nn.Module) -> nn.Module:
+        """See :func:`downpour.unsplit`."""
+        if self._replica is None:
+            return model
+        if model is not self._model:
+            raise ConfigError("downpour.unsplit: give it the model that downpour.prepare was given")
+        assert self._client is not None
+        return self._replica.unsplit(self._client.pull_whole(), self._replica.group.device)
+
+    def forward_backward(self, model: nn.Module, criterion: Criterion, inputs: Any, targets: Any) -> torch.Tensor:
+        """See :func:`downpour.forward_backward`."""
+        if self._replica is not None and self._replica.pipeline is not None:
+            if model is not self._model:
+                raise ConfigError("downpour.forward_backward: in a job with --pipeline, give it the prepared model")
+            return self._replica.pipeline.forward_backward(criterion, inputs, targets)
+        from downpour.parallel.microbatch import microbatched
+
+        return microbatched(model, criterion, inputs, targets, self.context.parts)
 
     # ------------------------------------------------------------ data (see data.loader.Host)
 
@@ -280,7 +451,8 @@ class Session:
         """See :class:`downpour.data.loader.Host`."""
         if unit:
             self.leave_point()
-        return self._control.take_lease(loader, epoch, total, unit, digest, done)
+        with span("wait"):
+            return self._control.take_lease(loader, epoch, total, unit, digest, done)
 
     def report_done(self, loader: int, epoch: int, done: list[tuple[int, int]]) -> None:
         """See :class:`downpour.data.loader.Host`."""
@@ -289,9 +461,10 @@ class Session:
     def pass_begins(self, loader: int, epoch: int) -> tuple[int, int]:
         """See :class:`downpour.data.loader.Host`."""
         self._clock_at_pass[loader] = self.clock
-        if not self.synchronous:
+        if not self.synchronous or (self._replica is not None and not self._replica.leads):
             return self.share
-        begins = self._control.begin_pass(loader, epoch, self.clock)
+        with span("wait"):
+            begins = self._control.begin_pass(loader, epoch, self.clock)
         self._workers = max(1, begins.workers)
         return self._workers, begins.index
 
@@ -307,6 +480,11 @@ class Session:
         if self._seeds is not None and torch.is_grad_enabled():
             taken = self._taken.get(loader)
             self._seeds.reseed(self.clock, loader, taken[2] if taken is not None else 0)
+
+    def batch_given(self, loader: int) -> None:
+        """See :class:`downpour.data.grouped.GroupHost`. The lead alone has drawn for the batch."""
+        if self._seeds is not None and torch.is_grad_enabled():
+            self._seeds.reseed(self.clock, loader, -1 - self._taken[loader][2])
 
     def _use_batches(self) -> None:
         assert self._engine is not None
@@ -335,11 +513,13 @@ class Session:
             self._exchange.push_buffers()
         if self.synchronous:
             failpoints.hit("worker.end_epoch.before")
-            number = self._client.end_epoch(loader, epoch, self.leave_point)
+            with span("wait"):
+                number = self._client.end_epoch(loader, epoch, self.leave_point)
             failpoints.hit("worker.end_epoch.after")
             if self._engine is not None:
                 self._engine.round_is(number)
         self._exchange.pull_buffers()
+        self._fetched()
 
     # ------------------------------------------------------------ leaving
 
@@ -352,7 +532,11 @@ class Session:
             if self._prepared and self._client is not None and self._exchange is not None:
                 if self._engine is not None:
                     self._engine.flush()
+                if self._layerwise is not None:
+                    self.log(self._layerwise.figures(self._moved()))
                 self._exchange.push_buffers(final=True)
+                if self._tracer is not None:
+                    self._tracer.finish(self._moved())
                 torn = sum([loader.settle() for loader in self._loaders]) + self._torn_next()
                 self._control.settle()
                 failpoints.hit("worker.leave.before")
@@ -361,25 +545,41 @@ class Session:
                 failpoints.hit("worker.goodbye.before")
                 self._control.goodbye(self.drain.asked, torn, self._client.numbers)
         except BaseException as error:
-            self._control.failed(error, "".join(traceback.format_exception(error)))
+            self._tell_failure(error, "".join(traceback.format_exception(error)))
             raise
         finally:
             self._thread.close()
+            if self._replica is not None:
+                self._replica.close()
 
     def _torn_next(self) -> int:
         """sync: announce that this worker leaves, before the others can go on without it. Returns the samples that it
         would have had of the next pass, if that is split already."""
-        if not (self.synchronous and self.drain.asked and self._loaders):
+        follows = self._replica is not None and not self._replica.leads
+        if not (self.synchronous and self.drain.asked and self._loaders) or follows:
             return 0
         begins = self._control.begin_pass(0, self.epoch, -1)
         return self._loaders[0].part((begins.workers, begins.index)) if begins.workers else 0
 
-    def fail(self, error: BaseException, trace: str) -> None:
-        """The script has raised: say so and go, without leaving the job in good order."""
+    def fail(self, error: BaseException, trace: str) -> str:
+        """The script has raised: say so and go, without leaving the job in good order. Returns what its log is to
+        hold, the traceback unless it tells nothing."""
         if not self._closed:
             self._closed = True
-            self._control.failed(error, trace)
+            if self._tracer is not None:
+                self._tracer.fail()
+            trace = self._tell_failure(error, trace)
             self._thread.close()
+            if self._replica is not None:
+                self._replica.close()
+        return trace
+
+    def _tell_failure(self, error: BaseException, trace: str) -> str:
+        lost = None if self._replica is None else self._replica.group.lost(error, self.context.replica)
+        if lost is not None:  # a traceback tells where this rank waited, which is of use if the other still is there
+            trace = f"{trace if lost.late else ''}{type(lost).__name__}: {lost}\n"
+        self._control.failed(lost or error, trace)
+        return trace
 
     def _notice(self, message: Message) -> None:
         """In the client's thread: something that answers nothing."""
@@ -393,6 +593,11 @@ class Session:
                 self._moves[message.shard] = message
                 if self._client is not None:
                     self._client.moved(message)
+
+    def _moved(self) -> dict[str, int]:
+        """Bytes of gradients and weights that this worker and the shards have given each other, however."""
+        assert self._client is not None
+        return {"pushed": self._client.traffic.bytes_sent, "pulled": self._client.traffic.bytes_received}
 
     def _report(self, force: bool = False) -> None:
         now_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -17,6 +18,10 @@ class FlatSpace:
     ``param.data`` and ``param.grad`` become views, so a chunk is sent and received without gathering. ``others``
     (buffers and frozen tensors) keep their own memory; they are copied through flat tensors when they travel.
     ``memory``, laid out as :class:`SharedLayout`, takes the place of memory of its own.
+
+    ``column``: the worker's rank in its replica; ``tensors`` are those of :attr:`Layout.of_column`, and nothing else of
+    the layout has memory here. Of a ``DTensor`` this rank's part is meant: it becomes a view, and so does that of its
+    gradient, which is a ``DTensor`` of the same placement.
     """
 
     def __init__(
@@ -25,20 +30,23 @@ class FlatSpace:
         tensors: Mapping[str, torch.Tensor],
         device: torch.device,
         memory: memoryview | None = None,
+        column: int = 0,
     ) -> None:
         self.layout = layout
+        self.column = layout.of_column(column)
+        """what of the layout is here"""
         self.device = device
         self.weights: dict[int, torch.Tensor] = {}
         self.gradients: dict[int, torch.Tensor] = {}
         self._tensors = tensors
         self.watched: list[tuple[torch.nn.Parameter, torch.Tensor, tuple[Chunk, ...]]] = []
-        """each trainable parameter, the view of its gradient, and the chunks that it lies in"""
+        """each trainable parameter, its gradient, which is a view, and the chunks that it lies in"""
         self._chunks: dict[int, list[Chunk]] = {}
         self._views: list[tuple[str, torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
-        shared = SharedLayout(layout)
-        frozen = [t.name for t in layout.model.tensors if t.kind == "frozen"]
+        shared = SharedLayout(layout, column)
+        frozen = [name for name, t in self.column.tensors.items() if t.kind == "frozen"]
         self._frozen = [(n, p) for n in frozen if isinstance(p := tensors[n], torch.nn.Parameter)]
-        for segment in layout.segments:
+        for segment in self.column.segments:
             if segment.kind == "trainable":
                 dtype: torch.dtype = getattr(torch, segment.dtype)
                 if memory is None:
@@ -55,13 +63,17 @@ class FlatSpace:
     def _adopt(self, name: str, segment: int, start: int, stop: int) -> None:
         parameter = self._tensors[name]
         assert isinstance(parameter, torch.nn.Parameter)
-        weight = self.weights[segment][start:stop].view(parameter.shape)
-        gradient = self.gradients[segment][start:stop].view(parameter.shape)
+        here = local(parameter)
+        weight = self.weights[segment][start:stop].view(here.shape)
+        gradient = self.gradients[segment][start:stop].view(here.shape)
         with torch.no_grad():
-            weight.copy_(parameter)
+            weight.copy_(here)
             if parameter.grad is not None:
-                gradient.copy_(parameter.grad)
-        parameter.data = weight
+                gradient.copy_(_placed_as(parameter, parameter.grad))
+        if here is parameter:
+            parameter.data = weight
+        else:
+            gradient = _adopt_local(parameter, weight, gradient)
         parameter.grad = gradient
         self._views.append((name, parameter, weight, gradient))
         chunks = self._chunks.get(segment)
@@ -78,7 +90,7 @@ class FlatSpace:
         """
         for name, parameter, weight, gradient in self._views:
             found = parameter.grad
-            if parameter.data_ptr() != weight.data_ptr():
+            if local(parameter).data_ptr() != weight.data_ptr():
                 raise ModelError(
                     f"parameter {name} was moved or replaced after downpour.prepare; "
                     "move and convert the model (.to, .half) before prepare"
@@ -87,8 +99,8 @@ class FlatSpace:
                 gradient.zero_()
             elif found.is_sparse:
                 raise ModelError(f"parameter {name} has a sparse gradient; make its module with sparse=False")
-            elif found.data_ptr() != gradient.data_ptr():
-                gradient.copy_(found)
+            elif local(found).data_ptr() != local(gradient).data_ptr():
+                local(gradient).copy_(_placed_as(parameter, found))
             parameter.grad = gradient
         for name, parameter in self._frozen:
             if parameter.requires_grad and parameter.grad is not None:
@@ -106,7 +118,7 @@ class FlatSpace:
 
     def name_non_finite(self) -> str | None:
         """The first parameter whose gradient holds NaN or Inf."""
-        return next((name for name, _, _, g in self._views if not torch.isfinite(g).all()), None)
+        return next((name for name, _, _, g in self._views if not torch.isfinite(local(g)).all()), None)
 
     def flat_of(self, segment: int) -> torch.Tensor:
         """A fresh flat host tensor with the present values of a segment that is not trainable."""
@@ -124,11 +136,35 @@ class FlatSpace:
 
     def _members(self, segment: int) -> Iterator[torch.Tensor]:
         for piece in self.layout.segments[segment].pieces:
-            yield self._tensors[self.layout.model.tensors[piece.tensor].name]
+            yield local(self._tensors[self.layout.model.tensors[piece.tensor].name])
 
     def of(self, flats: Mapping[int, torch.Tensor], chunk: Chunk) -> torch.Tensor:
         """The slice of ``flats`` that is ``chunk``."""
         return flats[chunk.segment][chunk.start : chunk.stop]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a ``DTensor`` is in this process; any other tensor itself. ``torch.distributed`` need not be loaded."""
+    here: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return here
+
+
+def _adopt_local(parameter: torch.nn.Parameter, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Let ``weight`` be this process' part of a ``DTensor``, as torch's FSDP does; returns the gradient as one."""
+    distributed: Any = parameter
+    distributed._local_tensor = weight
+    made: torch.Tensor = type(distributed)(gradient, distributed._spec, requires_grad=False)
+    return made
+
+
+def _placed_as(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """This process' part of a parameter's gradient. Collective if that is a ``DTensor`` of another placement: all ranks
+    come here for the same parameters, in one order."""
+    distributed: Any = gradient
+    wanted: Any = parameter
+    if local(gradient) is not gradient and tuple(distributed.placements) != tuple(wanted.placements):
+        distributed = distributed.redistribute(placements=wanted.placements)
+    return local(distributed)
 
 
 def part_of(memory: memoryview, at: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -117,7 +117,7 @@ class HostStaging(HostMemory):
     ) -> Iterator[Sequence[Chunk]]:
         """See :class:`Staging`."""
         self._sources.update(source)
-        for start in range(0, len(chunks), AT_ONCE if current else len(chunks)):
+        for start in range(0, len(chunks), AT_ONCE if current else max(1, len(chunks))):
             yield chunks[start : start + AT_ONCE] if current else chunks
 
     def bring(self, chunk: Chunk) -> None:

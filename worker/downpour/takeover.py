@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from downpour_common.layout import Layout
+from downpour_common.layout import Column
 from downpour_common.messages import HelloReply
 
 
@@ -30,19 +30,19 @@ class Beginning:
         return self.position[0] - 1
 
 
-def fresh(replies: Sequence[HelloReply], layout: Layout) -> Beginning:
+def fresh(replies: Sequence[HelloReply], column: Column) -> Beginning:
     """The beginning of one who goes on where nobody was: the largest number that a shard names, the same on all, see
     :mod:`downpour_server.policy.stale`."""
-    buffers = _of(replies, layout, "buffer")
+    buffers = _of(replies, column, "buffer")
     return Beginning(max((r.clock for r in replies), default=0), max((r.buffers for r in buffers), default=0))
 
 
-def taken_over(replies: Sequence[HelloReply], layout: Layout) -> Beginning:
+def taken_over(replies: Sequence[HelloReply], column: Column) -> Beginning:
     """The beginning of one who goes on where another has died in the middle of anything.
 
     It makes anew the first contribution that is missing anywhere; shards that have it do not apply it again.
     """
-    trainable, buffers = _of(replies, layout, "trainable"), _of(replies, layout, "buffer")
+    trainable, buffers = _of(replies, column, "trainable"), _of(replies, column, "buffer")
     seq = min((r.clock for r in trainable), default=0)
     positions = [(r.position[0], r.position[1]) for r in trainable if r.clock == seq and len(r.position) == 2]
     ended = max((r.ended for r in replies if r.ended), default=())
@@ -51,7 +51,7 @@ def taken_over(replies: Sequence[HelloReply], layout: Layout) -> Beginning:
     return Beginning(seq, min((r.buffers for r in buffers), default=0), max(positions, default=None), ended)
 
 
-def _of(replies: Sequence[HelloReply], layout: Layout, kind: str) -> list[HelloReply]:
+def _of(replies: Sequence[HelloReply], column: Column, kind: str) -> list[HelloReply]:
     """Those of shards that hold chunks of this kind; what the others say of them means nothing."""
-    holders = {chunk.shard for chunk in layout.chunks if chunk.kind == kind}
+    holders = {chunk.shard for chunk in column.chunks if chunk.kind == kind}
     return [r for r in replies if r.shard in holders]

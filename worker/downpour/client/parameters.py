@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from downpour.client.ahead import Ahead
 from downpour.client.core import OnAnswer, Submission, Successor, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
+from downpour.client.whole import pull_whole
 from downpour.context import WorkerContext
 from downpour_common import messages as m
 from downpour_common.errors import PeerRefused, ProtocolError
@@ -180,10 +183,37 @@ class ParameterClient:
         """Fetch the newest weights into memory; waits for the first ones if need be."""
         self.start_pull(chunks).wait()
 
-    def start_pull(self, chunks: Iterable[Chunk], piecewise: bool = False, version: int = -1) -> Ticket:
+    def pull_of(self, chunks: Iterable[Chunk], place: Callable[[Chunk], memoryview]) -> None:
+        """Fetch the newest weights of any chunks, other ranks' of the replica included, to where ``place`` says.
+
+        The worker's own weights stay as they are, and so does what its contributions say that they were computed on.
+        """
+        c = self._context
+        chunks = list(chunks)
+        ticket = Ticket(len(chunks), partial(self._take_weights_to, place))
+        self._thread.submit(
+            [
+                self._submission(
+                    chunk,
+                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index),
+                    ticket,
+                    f"weights of chunk {chunk.index}",
+                )
+                for chunk in chunks
+            ]
+        )
+        ticket.wait()
+
+    def pull_whole(self) -> dict[str, torch.Tensor]:
+        """The newest tensors of the unsplit model, by name, buffers and frozen ones included."""
+        return pull_whole(self, self._layout)
+
+    def start_pull(
+        self, chunks: Iterable[Chunk], piecewise: bool = False, version: int = -1, after: int = -1
+    ) -> Ticket:
         """As :meth:`pull`, without waiting; ``piecewise``: the ticket's answers are the chunks' :class:`Weights`.
 
-        ``version``: the one wanted, if not the newest.
+        ``version``: the one wanted, if not the newest. ``after``: as :class:`m.Pull` has it.
         """
         c = self._context
         chunks = list(chunks)
@@ -192,7 +222,7 @@ class ParameterClient:
             [
                 self._submission(
                     chunk,
-                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, version),
+                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, version, after),
                     ticket,
                     f"weights of chunk {chunk.index}",
                 )
@@ -203,6 +233,10 @@ class ParameterClient:
 
     def push(self, chunks: Iterable[Chunk], header: PushHeader) -> None:
         """Send contributions and wait until they are accepted."""
+        self.start_push(chunks, header).wait()
+
+    def start_push(self, chunks: Iterable[Chunk], header: PushHeader, last: bool = True) -> Ticket:
+        """As :meth:`push`, without waiting. ``last``: all chunks of this contribution have been submitted then."""
         chunks = list(chunks)
         ticket = Ticket(len(chunks))
         self._thread.submit(
@@ -211,9 +245,9 @@ class ParameterClient:
                 for chunk in chunks
             ]
         )
-        if chunks and chunks[0].kind == "trainable":
+        if last and chunks and chunks[0].kind == "trainable":
             self._next_seq = header.seq + 1
-        ticket.wait()
+        return ticket
 
     def fetched(self) -> list[int]:
         """The versions of the weights that have been fetched last, by chunk."""
@@ -444,12 +478,26 @@ class ParameterClient:
         assert isinstance(message, (m.Weights, m.WeightsShared))
         chunk = self._layout.chunks[message.chunk]
         if isinstance(message, m.Weights):
-            payload = memoryview(message.payload)
-            if payload.nbytes != chunk.nbytes:
-                raise ProtocolError(f"chunk {chunk.index} has {chunk.nbytes} bytes, the answer {payload.nbytes}")
-            self._memory.weights(chunk)[:] = payload
+            self._memory.weights(chunk)[:] = _payload_of(message, chunk)
         self._versions[chunk.index] = message.version
         self.traffic.bytes_received += chunk.nbytes
+
+    def _take_weights_to(self, place: Callable[[Chunk], memoryview], message: Request) -> None:
+        """In the client's thread."""
+        assert isinstance(message, (m.Weights, m.WeightsShared))
+        chunk = self._layout.chunks[message.chunk]
+        if isinstance(message, m.WeightsShared):  # the shard keeps them in this worker's memory
+            place(chunk)[:] = self._memory.weights(chunk)
+        else:
+            place(chunk)[:] = _payload_of(message, chunk)
+        self.traffic.bytes_received += chunk.nbytes
+
+
+def _payload_of(message: m.Weights, chunk: Chunk) -> memoryview:
+    payload = memoryview(message.payload)
+    if payload.nbytes != chunk.nbytes:
+        raise ProtocolError(f"chunk {chunk.index} has {chunk.nbytes} bytes, the answer {payload.nbytes}")
+    return payload
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ class PreparedLoader(DataLoader[Any]):
         self._share = host.share
         self._torn = 0
         self._leased = False
+        self.taken: tuple[int, tuple[int, int] | None] = (0, None)
+        """samples of the newest batch, and the data position once it is used"""
         source = None if self._iterable else orders.units(original)
         self._by_sample = self._iterable or source is original.sampler
         self._unit = (original.batch_size or 1) if self._by_sample else 1
@@ -168,7 +170,8 @@ class PreparedLoader(DataLoader[Any]):
                 except StopIteration:
                     break
                 part = self.parts.popleft() if self.parts else None
-                self._host.batch_taken(self._index, self._samples(batch, part), self._position(epoch, part))
+                self.taken = self._samples(batch, part), self._position(epoch, part)
+                self._host.batch_taken(self._index, *self.taken)
                 if part is not None:
                     record.take(part)
                 yield batch
@@ -177,7 +180,11 @@ class PreparedLoader(DataLoader[Any]):
             record.end(complete=True)
         finally:  # also for a script that leaves the pass early: the next pass is another one
             self._end(record)
+        self._pass_over()
         self._host.pass_ends(self._index, epoch, batches)
+
+    def _pass_over(self) -> None:
+        """The pass has no more batches."""
 
     def _begin(self, epoch: int) -> PassRecord:
         share = self._host.pass_begins(self._index, epoch)

@@ -9,6 +9,7 @@ from typing import Any
 from downpour.jobs.errors import JobCancelled
 from downpour_common.errors import JobFailed
 from downpour_common.messages import Document
+from downpour_common.replicas import titled
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
@@ -24,11 +25,13 @@ class JobFailure:
     message: str
     details: str
     """its traceback, or its last output"""
+    ranks: int = 1
+    """workers of each replica"""
 
     @property
     def who(self) -> str:
-        """``worker/3``"""
-        return f"{self.role}/{self.index}" if self.index >= 0 else self.role
+        """``worker/3``, and where it stands in its replica if that has several"""
+        return titled(self.role, self.index, self.ranks) if self.index >= 0 else self.role
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ def _failure(document: Mapping[str, Any]) -> JobFailure:
         exit_code=code if isinstance(code, int) else None,
         message=str(document.get("message", "")),
         details=str(document.get("details") or ""),
+        ranks=_int(document.get("ranks"), 1),
     )
 
 

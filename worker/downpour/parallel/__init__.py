@@ -1,0 +1,1 @@
+"""Replicas of several workers: tensor and pipeline parallelism inside a replica."""
