@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from downpour_common.replicas import counted, is_lead
 from downpour_common.sizes import format_bytes
 from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.outcome import Outcome, quantiles
@@ -41,7 +42,7 @@ class Display:
         spec = job.spec
         if not self._quiet:
             self._console.print(
-                f"downpour: job {spec.name}: {_n(spec.workers, 'worker')}, {_n(spec.shards, 'shard')}"
+                f"downpour: job {spec.name}: {counted(spec.workers, spec.ranks)}, {_n(spec.shards, 'shard')}"
                 f"{', each with a backup' if spec.replication > 1 else ''}, "
                 f"mode {spec.mode}, {_threads(job)} ({_n(job.cores, 'core')}), "
                 f"{spec.settings.transport}, chunks of {format_bytes(spec.settings.chunk_bytes)}, seed {spec.seed}, "
@@ -81,7 +82,8 @@ class Display:
         if job.phase in (Phase.STARTING, Phase.WAITING) or not state.begun:
             names = ", ".join(job.waiting_for()) or "the processes to end"
             return f"waiting for {names} ({job.waited_s(now_s):.0f} s)"
-        reports = [w.progress for w in state.workers.values() if w.progress is not None]
+        progress = (w.progress for w in state.workers.values() if is_lead(w.slot, job.spec.ranks))
+        reports = [p for p in progress if p is not None]
         samples = sum(p.samples for p in reports)
         before_s, before = self._last_samples
         if now_s - before_s >= 1.0:
@@ -121,7 +123,7 @@ class Display:
     def _failure(self, outcome: Outcome) -> None:
         failure = outcome.failure
         assert failure is not None
-        who = f"{failure.role}/{failure.index}" if failure.index >= 0 else failure.role
+        who = failure.who or failure.role
         self._console.print(Text.assemble((f"{who} failed: ", "bold red"), (failure.message, "bold")))
         for line in failure.details.splitlines():
             self._console.print(Text(f"    {line}"))
@@ -142,6 +144,8 @@ def _table(outcome: Outcome) -> Table:
             "moved",
             f"{outcome.bytes_moved / 1e6:,.1f} MB in {outcome.pushes:,} pushes, {outcome.pulls:,} pulls",
         )
+    if outcome.ranks > 1:
+        table.add_row("workers", counted(outcome.replicas * outcome.ranks, outcome.ranks))
     if outcome.restarts:
         table.add_row("restarts", str(outcome.restarts))
     if outcome.lost_pushes:

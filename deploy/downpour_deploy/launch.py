@@ -18,6 +18,9 @@ SPIN_COUNT = "10000"
 """How long GNU OpenMP's threads spin for more work, about 0.2 ms: until the next piece of the same computation. Its
 default is milliseconds, in which workers and shards, which compute in turns, take the cores from each other."""
 
+GLOO_INTERFACE, LOOPBACK = "GLOO_SOCKET_IFNAME", "lo"
+"""The workers of a replica are on one host. Left alone, gloo looks the host's own name up, which may lead anywhere."""
+
 Process = tuple[list[str], dict[str, str]]
 """Command and environment."""
 
@@ -78,10 +81,22 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         overlap=settings.overlap,
         push_dtype=settings.push_dtype,
         fetch_ahead=settings.fetch_ahead,
-        in_place=settings.in_place and spec.replication == 1,
+        fetch=settings.fetch,
+        memory=settings.memory,
+        in_place=settings.in_place and spec.replication == 1 and spec.ranks == 1,
         on_nan=settings.on_nan,
+        autocast=settings.autocast,
+        activation_checkpointing=settings.activation_checkpointing,
+        trace=spec.trace,
+        widths=spec.widths,
+        schedule=spec.schedule,
+        microbatches=spec.microbatches,
+        interleave=spec.interleave,
     )
-    return [sys.executable, "-u", spec.script, *spec.args], {**_environment(spec, place), **context.to_environment()}
+    environment = {**_environment(spec, place), **context.to_environment()}
+    if spec.ranks > 1:
+        environment.setdefault(GLOO_INTERFACE, LOOPBACK)
+    return [sys.executable, "-u", spec.script, *spec.args], environment
 
 
 def shard_process(

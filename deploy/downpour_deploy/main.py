@@ -9,6 +9,7 @@ import typer
 
 from downpour_common import exitcodes
 from downpour_common.errors import ConfigError, DownpourError
+from downpour_deploy.replica_options import Interleave, Microbatches, Pipeline, ScheduleOption, Tensor
 
 app = typer.Typer(
     name="downpour",
@@ -29,10 +30,14 @@ def _add_commands() -> None:
     from downpour_deploy.doctor import register as add_doctor
     from downpour_deploy.jobs import register
     from downpour_deploy.keys_command import keys_app
+    from downpour_deploy.trace import register as add_trace
+    from downpour_deploy.tune import register as add_tune
 
     register(app)
     add_doctor(app)
     add_bench(app)
+    add_tune(app)
+    add_trace(app)
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(server_app, name="server")
     app.add_typer(worker_app, name="worker")
@@ -70,6 +75,11 @@ def run(
     replication: Annotated[
         int, typer.Option("--replication", min=1, max=2, metavar="1|2", help="2: a backup for each shard; see guide.")
     ] = 1,
+    tensor: Tensor = None,
+    pipeline: Pipeline = None,
+    schedule: ScheduleOption = None,
+    microbatches: Microbatches = None,
+    interleave: Interleave = None,
     on_nan: Annotated[
         str | None,
         typer.Option("--on-nan", help="NaN or Inf in gradients: fail | skip | quarantine | rollback. [default: fail]"),
@@ -77,6 +87,9 @@ def run(
     chaos: Annotated[
         str, typer.Option("--chaos", help="Kill, stop or slow its processes: kill:server/0@30s,stop:worker@10s±5+2s …")
     ] = "",
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Record what each worker does when; see `downpour report`.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting, key=value; see `downpour settings`. Repeatable."),
@@ -117,6 +130,12 @@ def run(
             on_nan=on_nan,
             replication=replication,
             chaos=chaos,
+            tensor=tensor,
+            pipeline=pipeline,
+            schedule=schedule,
+            microbatches=microbatches,
+            interleave=interleave,
+            trace=trace,
         )
         code = run_job(resolve(wishes), json_output=json_, quiet=quiet)
     except ConfigError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from downpour_common.config import JobSpec, job_spec, parse_settings
 from downpour_common.errors import CheckpointError, ConfigError
+from downpour_common.replicas import multiple_of_ranks, ranks_given
 from downpour_coordinator import checkpoints
 from downpour_coordinator.checkpoints import Checkpoint
 from downpour_coordinator.urls import check_url, fetch_newest, is_url
@@ -38,6 +39,12 @@ class Wishes:
     on_nan: str | None = None
     replication: int = 1
     chaos: str = ""
+    tensor: str | None = None
+    pipeline: int | None = None
+    schedule: str | None = None
+    microbatches: int | None = None
+    interleave: int | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ def resolve(wishes: Wishes) -> ResolvedJob:
     cores = len(os.sched_getaffinity(0))
     if not os.path.isfile(wishes.script):
         problems.append(f"{wishes.script}: no such file; give the path of the training script")
-    workers = _count("--workers", wishes.workers, cores, problems)
+    ranks = ranks_given(wishes.tensor, wishes.pipeline)
+    workers = _count("--workers", wishes.workers, multiple_of_ranks(cores, ranks), problems)
     preset = os.environ.get("OMP_NUM_THREADS", "")
     threads = _count("--threads", wishes.threads, int(preset) if preset.isdecimal() else 0, problems)
     out = _out(wishes, problems)
@@ -82,9 +90,13 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         "seed": seed,
         "restarts": wishes.restarts,
         "replication": wishes.replication,
+        "trace": wishes.trace,
         "out": out,
         "resume": checkpoint.folder if checkpoint else None,
     }
+    for name in ("tensor", "pipeline", "schedule", "microbatches", "interleave"):
+        if getattr(wishes, name) is not None:
+            fields[name] = getattr(wishes, name)
     try:
         given = (f"on_nan={wishes.on_nan}",) if wishes.on_nan is not None else ()
         fields["settings"] = parse_settings((*wishes.settings, *given))

@@ -33,6 +33,8 @@ KEYS = {
     "wait_share": float,
     "staleness": dict,
     "clock_gap_max": int,
+    "replicas": int,
+    "ranks": int,
     "metrics": dict,
     "out": str,
     "model": str,

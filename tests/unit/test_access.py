@@ -33,8 +33,9 @@ USER = {
     "CheckpointNow", "ScaleJob", "SubmitJob",
 }  # fmt: skip
 PROCESS = {
-    "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted", "RegisterShard",
-    "RegisterWorker", "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken", "TakeLease",
+    "Agree", "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted",
+    "RegisterShard", "RegisterWorker", "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken",
+    "Spans", "TakeLease",
 }  # fmt: skip
 TABLE = {
     "user": USER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,21 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from unit_kit import ADD, JOB, ShardDriver, model, tensor
+from checkpoint_kit import assert_same, elements, empty, held, part, save, train, values
+from unit_kit import ADD, ShardDriver, model, tensor
 
 from downpour_common.errors import CheckpointError
-from downpour_common.layout import Layout, ModelSpec, plan
+from downpour_common.layout import ModelSpec, plan
 from downpour_common.tensorfile import TensorFile
 from downpour_coordinator import checkpoints
 from downpour_coordinator.export import export_model
 from downpour_coordinator.manifest import decode, encode
-from downpour_coordinator.snapshots import CommitSnapshot, Round
 from downpour_coordinator.sources import FolderSource, examine
 from downpour_server.contribution import Contribution
 from downpour_server.restore import restore
-from downpour_server.snapshot import Reading, write
+from downpour_server.snapshot import Reading
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import torch_dtype
-
-Elements = dict[str, dict[str, torch.Tensor]]
-"""Tensor → what is kept of it (weights, exp_avg, …) → its elements, flat."""
 
 SPEC = model(
     tensor("embed.weight", 11, 7, aliases=("head.weight",)),
@@ -48,101 +45,6 @@ SPEC = model(
     rule="Adam",
     options=({"lr": 0.01, "amsgrad": True}, {"lr": 0.02, "betas": [0.5, 0.7]}),
 )
-
-
-def values(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
-    """Some values for every tensor, flat."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for t in spec.tensors:
-        dtype = torch_dtype(t.dtype)
-        some = torch.randn(t.numel, generator=generator, dtype=torch.float64)
-        found[t.name] = some.to(dtype) if dtype.is_floating_point or dtype.is_complex else (some * 9).abs().to(dtype)
-    return found
-
-
-def part(layout: Layout, chunk: StoredChunk, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The chunk's part of values by tensor."""
-    return torch.cat([of[t.name][first : first + n] for t, first, _, n in layout.pieces_of(chunk.chunk)])
-
-
-def elements(layout: Layout, chunks: Mapping[int, StoredChunk]) -> Elements:
-    """What the chunks hold, by tensor."""
-    found: Elements = {}
-    for stored in chunks.values():
-        tensors, _ = stored.capture(Reading())
-        for name, flat in tensors.items():
-            for t, first, at, count in layout.pieces_of(stored.chunk):
-                whole = found.setdefault(t.name, {}).setdefault(name, torch.zeros(t.numel, dtype=flat.dtype))
-                whole[first : first + count] = flat[at : at + count]
-    return found
-
-
-def train(spec: ModelSpec, shards: int, chunk_bytes: int, steps: int = 3) -> list[ShardDriver]:
-    """Shards that have taken some steps with one worker."""
-    drivers = []
-    for shard in range(shards):
-        d = ShardDriver(spec, "sync", 1, shards, chunk_bytes, shard)
-        for stored in d.shard.chunks.values():
-            d.init(stored.chunk.index, part(d.layout, stored, values(spec, 0)))
-            for seq in range(steps if stored.chunk.kind == "trainable" else 0):
-                d.push(stored.chunk.index, 0, seq, part(d.layout, stored, values(spec, seq + 1)))
-        drivers.append(d)
-    return drivers
-
-
-def held(drivers: list[ShardDriver]) -> Elements:
-    """What all shards hold together."""
-    chunks = {index: stored for d in drivers for index, stored in d.shard.chunks.items()}
-    return elements(drivers[0].layout, chunks)
-
-
-def save(run: Path, drivers: list[ShardDriver], number: int = 1) -> str:
-    """Write a checkpoint of these shards as a job does; its folder."""
-    layout = drivers[0].layout
-    folder = checkpoints.folder_of(str(run), number)
-    manifest = {
-        "format": 1,
-        "clock": 3,
-        "seed": 0,
-        "shards": layout.shards,
-        "chunk_bytes": layout.chunk_bytes,
-        "model": layout.model.to_wire(),
-        "data": {"epoch": 0, "done": []},
-        "synchronous": True,
-    }
-    round_ = Round(number, folder, len(drivers), manifest, -1)
-    outcome = None
-    for d in drivers:
-        d.carry_out(d.shard.snapshot(number, folder, -1))
-        outcome = round_.taken(_taken(d, number))
-    assert isinstance(outcome, CommitSnapshot), outcome
-    checkpoints.commit(outcome.folder, outcome.manifest)
-    return folder
-
-
-def _taken(d: ShardDriver, number: int) -> Any:
-    from downpour_common import messages as m
-
-    return m.SnapshotTaken(JOB, d.shard.identity.shard, 0, number, "", write(d.written.pop()))
-
-
-def empty(spec: ModelSpec, shards: int, chunk_bytes: int) -> tuple[Layout, dict[int, StoredChunk]]:
-    """All chunks of a layout that hold nothing yet."""
-    layout = plan(spec, shards, chunk_bytes)
-    return layout, {
-        c.index: StoredChunk(c, spec.rule, spec.options[c.group] if c.group >= 0 else {}) for c in layout.chunks
-    }
-
-
-def assert_same(found: Elements, expected: Elements) -> None:
-    """Bit for bit."""
-    assert set(found) == set(expected)
-    for name, kept in expected.items():
-        assert set(found[name]) == set(kept), name
-        for what, flat in kept.items():
-            assert found[name][what].dtype == flat.dtype, (name, what)
-            assert torch.equal(found[name][what], flat), (name, what)
 
 
 # ---------------------------------------------------------------- restore

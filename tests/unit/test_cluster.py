@@ -662,7 +662,9 @@ def test_in_the_end_everything_is_as_it_should_be(events: list[tuple[str, int]])
         match kind:
             case "submit" if len(hosts.cluster.jobs) < 4:
                 mode = ["async", "sync"][dice % 2]
-                hosts.submit(workers=1 + dice % 3, restarts=dice % 3, mode=mode, min_workers=1)
+                ranks = 1 + (dice > 13)
+                fields = {"restarts": dice % 3, "mode": mode, "min_workers": ranks, "tensor": ranks}
+                hosts.submit(workers=(1 + dice % 3) * ranks, **fields)
             case "join" if record is not None and record.life.phase in (Phase.STARTING, Phase.TRAINING):
                 hosts.join(record)
             case "finish" | "kill":
@@ -684,7 +686,7 @@ def test_in_the_end_everything_is_as_it_should_be(events: list[tuple[str, int]])
             case "cancel" if record is not None:
                 hosts.do(hosts.cluster.cancel(record, hosts.now_s))
             case "scale" if record is not None and record.life.phase is Phase.TRAINING:
-                hosts.do(hosts.cluster.scale(record, 1 + dice % 4, hosts.now_s))
+                hosts.do(hosts.cluster.scale(record, (1 + dice % 4) * record.life.spec.ranks, hosts.now_s))
             case "wait":
                 hosts.tick(dice)
             case "restart":
@@ -714,6 +716,10 @@ def _agree(hosts: Hosts) -> None:
         if p.running
     }
     assert {(a.name, *key) for a in hosts.agents.values() for key in a.processes} == wanted
+    for record in hosts.cluster.jobs.values():
+        for process in record.life.roster.workers():
+            mates = record.life.roster.mates(process)
+            assert len({(p.node, p.epoch) for p in mates if p.running}) <= 1, "a replica is on one node"
     for agent in hosts.agents.values():
         slots = [key for key in agent.processes if agent.role == "worker"]
         assert len(slots) <= 2, "no slot is used twice"

@@ -121,6 +121,30 @@ def test_everything_names_job_slot_and_epoch(desk: Desk) -> None:
     assert failure.traceback.endswith("end")
 
 
+def test_workers_agree_and_who_has_no_proposal_waits(desk: Desk) -> None:
+    seen: list[m.Agree] = []
+
+    def third(agree: m.Agree) -> Message | None:
+        seen.append(agree)
+        return m.Agreed(agree.request, b"first") if len(seen) % 3 == 0 else None
+
+    server = desk.answer(third, 6)
+    assert desk.control.agree("plan", b"mine") == b"first"
+    assert desk.control.agree("group/0/2") == b"first"
+    server.join()
+    assert (
+        seen
+        == [m.Agree(seen[0].request, *ME, "plan", b"mine", True)] * 3
+        + [m.Agree(seen[3].request, *ME, "group/0/2", b"", False)] * 3
+    )
+
+
+def test_who_waits_for_others_to_agree_may_leave(desk: Desk) -> None:
+    desk.leaving.set()
+    with pytest.raises(Leaves):
+        desk.control.agree("plan")
+
+
 def test_logging_waits_for_nobody_and_the_end_waits_for_what_was_logged(desk: Desk) -> None:
     for clock in range(100):
         desk.control.log(clock, {"loss": float(clock)})

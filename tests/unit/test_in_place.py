@@ -21,7 +21,7 @@ class Worker:
 
     def __init__(self, driver: ShardDriver, slot: int = 0, epoch: int = 0, in_place: bool = True) -> None:
         self.driver, self.slot, self.epoch = driver, slot, epoch
-        self.memory = memoryview(bytearray(driver.shard.shared_layout.nbytes))
+        self.memory = memoryview(bytearray(driver.shard.shared_layout(0).nbytes))
         offer = m.AttachMemory(driver.number(), JOB, slot, epoch, 1, 1, bytes(16), in_place)
         peer = b"peer of %d" % offer.request
         [effect] = driver.shard.handle(peer, offer, 0.0)
@@ -33,10 +33,10 @@ class Worker:
         return torch.frombuffer(self.memory[area], dtype=getattr(torch, self.driver.layout.chunks[chunk].dtype))
 
     def weights(self, chunk: int = 0) -> torch.Tensor:
-        return self._area(self.driver.shard.shared_layout.weights(self.driver.layout.chunks[chunk]), chunk)
+        return self._area(self.driver.shard.shared_layout(0).weights(self.driver.layout.chunks[chunk]), chunk)
 
     def gradient(self, chunk: int = 0) -> torch.Tensor:
-        return self._area(self.driver.shard.shared_layout.gradient(self.driver.layout.chunks[chunk]), chunk)
+        return self._area(self.driver.shard.shared_layout(0).gradient(self.driver.layout.chunks[chunk]), chunk)
 
     def step(self, seq: int, gradient: float = 1.0, chunk: int = 0, **others: Any) -> m.Message | None:
         """Push-pull a gradient that is the same everywhere; the answer, or None while there is none."""

@@ -209,8 +209,9 @@ def test_a_training_script_does_not_pay_for_it() -> None:
     code = (
         "import sys, downpour\n"
         "assert not [m for m in sys.modules if m.startswith('downpour.jobs') or m in ('pydantic', 'zmq', 'torch')]\n"
-        "assert set(downpour.__all__) <= set(dir(downpour)) | {n for n in downpour.__all__ if hasattr(downpour, n)}\n"
+        "later = {n for n in downpour.__all__ if n not in dir(downpour)}\n"
         "assert 'zmq' not in sys.modules and 'torch' not in sys.modules\n"
+        "assert all(hasattr(downpour, n) for n in later)\n"
         "assert not hasattr(downpour, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

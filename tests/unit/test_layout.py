@@ -233,7 +233,7 @@ MALFORMED: dict[str, Any] = {
     "no rule": {k: v for k, v in _row().items() if k != "rule"},
     "tensors not a list": {**_row(), "tensors": 5},
     "row too short": {**_row(), "tensors": [["w", [], [2]]]},
-    "row too long": {**_row(), "tensors": [["w", [], [2], "float32", "buffer", -1, 0]]},
+    "row too long": {**_row(), "tensors": [["w", [], [2], "float32", "buffer", -1, 0, [[2], 0, [[0, 2]]], 0]]},
     "rule not a string": {**_row(), "rule": 3},
     "buffers not a string": {**_row(), "buffers": None},
     "options not maps": {**_row(), "options": [5]},

@@ -960,10 +960,11 @@ class _Fate:
             case "drain":
                 world.drain(dice % 3)
             case "scale":
+                wanted = (1 + dice % 4) * world.spec.ranks
                 try:
-                    world.scale(1 + dice % 4)
+                    world.scale(wanted)
                 except ConfigError:
-                    assert world.phase is not Phase.TRAINING or 1 + dice % 4 < (world.spec.min_workers or 1)
+                    assert world.phase is not Phase.TRAINING or wanted < (world.spec.min_workers or 1)
             case "interrupt":
                 world.stop()
             case "cancel":
@@ -990,15 +991,23 @@ class _Fate:
 
 
 fates = st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 30)), max_size=40)
+
+
+def _in_replicas(fields: dict[str, Any]) -> dict[str, Any]:
+    ranks = fields["tensor"]
+    return {**fields, "workers": fields["workers"] * ranks, "min_workers": fields["min_workers"] and ranks}
+
+
 jobs = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(MODES),
         "workers": st.integers(1, 3),
+        "tensor": st.sampled_from([1, 1, 2]),
         "shards": st.integers(1, 2),
         "restarts": st.integers(0, 3),
         "min_workers": st.sampled_from([None, 1]),
     }
-)
+).map(_in_replicas)
 
 
 @given(jobs, fates, st.sampled_from(["", "cancel", "interrupt", "exit"]), st.booleans())
@@ -1047,9 +1056,12 @@ def _sane(life: Lifecycle) -> None:
     assert all(p.running for p in life.stopping())
     if life.over:
         assert not any(p.running for p in life.processes.values())
-    live = [p for p in life.processes.values() if p.role == "worker" and p.state != "ended" and not p.leaving]
+    live = [p for p in life.roster.staying() if p.state != "ended"]
     if life.phase is Phase.TRAINING:
         assert len(live) <= max(life.wanted, 1)
+    for process in life.roster.workers():
+        mates = life.roster.mates(process)
+        assert {(p.epoch, len(mates)) for p in mates} == {(process.epoch, life.spec.ranks)}
 
 
 @given(jobs, fates, fates)

@@ -39,7 +39,7 @@ def test_the_first_members_are_the_slots_of_the_start_whatever_their_epochs() ->
     assert members.awaited() == [0, 1]
     assert [code(members, 0, 3), code(members, 0, 4), code(members, 0, 3)] == [None, None, Refusal.STALE_EPOCH]
     assert code(members, 2, 0) == Refusal.MALFORMED
-    assert members.chief == 0
+    assert min(members.slots) == 0
 
 
 def test_a_list_of_members_replaces_the_one_before() -> None:
@@ -48,7 +48,7 @@ def test_a_list_of_members_replaces_the_one_before() -> None:
     assert change is not None
     assert (change.joined, change.over, change.lost) == ({7}, {0}, {0})
     assert members.awaited() == [1, 7]
-    assert members.chief == 1
+    assert min(members.slots) == 1
     assert code(members, 0, 0) == Refusal.STALE_EPOCH, "it was one"
     assert code(members, 0, 1) == Refusal.MALFORMED, "its successor is not one yet"
     assert code(members, 7, 0) is None

@@ -148,12 +148,12 @@ def test_requests_of_the_predecessor_are_refused_and_what_it_staged_is_dropped()
 
 def test_a_push_from_the_memory_of_the_dead_is_copied_before_it_is_told() -> None:
     d = driver()
-    memory = memoryview(bytearray(d.shard.shared_layout.nbytes))
+    memory = memoryview(bytearray(d.shard.shared_layout(0).nbytes))
     offer = m.AttachMemory(d.number(), JOB, 1, 0, 1, 1, bytes(16), False)
     [effect] = d.shard.handle(b"peer of %d" % offer.request, offer, 0.0)
     assert isinstance(effect, Attach)
     d.carry_out(d.shard.attached(effect, memory))
-    gradient = torch.frombuffer(memory[d.shard.shared_layout.gradient(d.chunks[0])], dtype=torch.float32)
+    gradient = torch.frombuffer(memory[d.shard.shared_layout(0).gradient(d.chunks[0])], dtype=torch.float32)
     gradient.fill_(2)
     assert d.send(m.PushPullShared(d.number(), JOB, 5, 1, 0, 1, 1, 0, 1, (), b"")) is None
     d.members(1, (0, 0), (1, 1))
@@ -324,20 +324,20 @@ def test_snapshots_hold_their_round_however_late_they_are_written() -> None:
 def test_previous_weights_of_a_chunk_that_lies_in_its_workers_memory() -> None:
     d = Driver(workers=1)
     d.init_all()
-    memory = memoryview(bytearray(d.shard.shared_layout.nbytes))
+    memory = memoryview(bytearray(d.shard.shared_layout(0).nbytes))
     offer = m.AttachMemory(d.number(), JOB, 0, 0, 1, 1, bytes(16), True)
     d.greet(0)
     [effect] = d.shard.handle(b"peer of %d" % offer.request, offer, 0.0)
     assert isinstance(effect, Attach)
     d.carry_out(d.shard.attached(effect, memory))
-    gradient = torch.frombuffer(memory[d.shard.shared_layout.gradient(d.chunks[0])], dtype=torch.float32)
+    gradient = torch.frombuffer(memory[d.shard.shared_layout(0).gradient(d.chunks[0])], dtype=torch.float32)
     for seq in range(3):
         gradient.fill_(seq + 1)
         assert isinstance(
             d.send(m.PushPullShared(d.number(), JOB, 5, 0, 0, seq, 0, 0, 1, (0, seq), b"")), m.WeightsShared
         )
     assert d.shard.chunks[0].lodging
-    here = torch.frombuffer(memory[d.shard.shared_layout.weights(d.chunks[0])], dtype=torch.float32)
+    here = torch.frombuffer(memory[d.shard.shared_layout(0).weights(d.chunks[0])], dtype=torch.float32)
     assert d.send(m.Pull(d.number(), JOB, 0, 0, 0, 2)) == m.WeightsShared(d.number() - 1, 0, 2)
     assert here.tolist() == [3] * 4
     assert d.weights().tolist() == [6] * 4, "the shard's own are where nobody writes"
@@ -409,12 +409,12 @@ def test_a_staged_payload_may_be_void() -> None:
 
 def test_so_may_one_in_shared_memory() -> None:
     d = skipping("sync", 1)
-    memory = memoryview(bytearray(d.shard.shared_layout.nbytes))
+    memory = memoryview(bytearray(d.shard.shared_layout(0).nbytes))
     offer = m.AttachMemory(d.number(), JOB, 0, 0, 1, 1, bytes(16), True)
     [effect] = d.shard.handle(b"peer of %d" % offer.request, offer, 0.0)
     assert isinstance(effect, Attach)
     d.carry_out(d.shard.attached(effect, memory))
-    gradient = torch.frombuffer(memory[d.shard.shared_layout.gradient(d.chunks[0])], dtype=torch.float32)
+    gradient = torch.frombuffer(memory[d.shard.shared_layout(0).gradient(d.chunks[0])], dtype=torch.float32)
     for seq, value in enumerate((1.0, float("nan"), 2.0)):
         gradient.fill_(value)
         assert isinstance(d.send(m.PushPullShared(d.number(), JOB, 5, 0, 0, seq, 0, 0, 1, (), b"")), m.WeightsShared)

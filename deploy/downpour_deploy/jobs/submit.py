@@ -11,6 +11,7 @@ import typer
 from downpour_common import exitcodes
 from downpour_deploy.jobs.options import TIMEOUT_S, AsJson, Join, Keys, ResumeJob, Security, Timeout, cluster
 from downpour_deploy.jobs.report import print_json, reported, say
+from downpour_deploy.replica_options import Interleave, Microbatches, Pipeline, ScheduleOption, Tensor
 
 if TYPE_CHECKING:
     from downpour.jobs.client import ClusterClient
@@ -54,10 +55,18 @@ def submit(
         int | None,
         typer.Option("--replication", min=1, max=2, metavar="1|2", help="2: a backup for each shard. [default: 1]"),
     ] = None,
+    tensor: Tensor = None,
+    pipeline: Pipeline = None,
+    schedule: ScheduleOption = None,
+    microbatches: Microbatches = None,
+    interleave: Interleave = None,
     on_nan: Annotated[
         str | None,
         typer.Option("--on-nan", help="NaN or Inf in gradients: fail | skip | quarantine | rollback. [default: fail]"),
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Record what each worker does when; see `downpour report`.")
+    ] = False,
     env: Annotated[
         list[str] | None, typer.Option("--env", metavar="K=V", help="A variable of the job's processes. Repeatable.")
     ] = None,
@@ -114,8 +123,14 @@ def submit(
             "min_workers": min_workers,
             "restarts": restarts,
             "replication": replication,
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "schedule": schedule,
+            "microbatches": microbatches,
+            "interleave": interleave,
             "shard_memory": shard_memory,
             "folder": folder,
+            "trace": trace or None,
             "resume": resume,
         }
         where = cluster(join, keys, security, timeout)
@@ -161,6 +176,7 @@ def _submit(spec: Any, folder: str, where: Any, anyway: bool, dry_run: bool, fol
     from downpour.jobs.status import job_status
     from downpour.jobs.submission import packed, send
     from downpour_common.config import to_toml
+    from downpour_common.replicas import counted
     from downpour_deploy.jobs.tables import count, dry_run_lines, placement_lines
     from downpour_deploy.jobs.view import meter
 
@@ -189,7 +205,7 @@ def _submit(spec: Any, folder: str, where: Any, anyway: bool, dry_run: bool, fol
         else:
             typer.echo(status.id)
         say(
-            f"job {status.id}: {count(spec.workers, 'worker')}, {count(spec.shards, 'shard')}, mode {spec.mode}; "
+            f"job {status.id}: {counted(spec.workers, spec.ranks)}, {count(spec.shards, 'shard')}, mode {spec.mode}; "
             f"{status.line()}. Its output: downpour logs -f {status.id}"
         )
         return exitcodes.OK

@@ -138,7 +138,9 @@ def job_details(status: JobStatus) -> list[str]:
     else:
         rows.append(("now", status.line()))
     least = f", at least {fewest}" if fewest is not None and fewest != status.workers_wanted else ""
-    rows.append(("workers", f"{status.workers} of {status.workers_wanted}{least}"))
+    ranks = document.get("ranks") or 1
+    replicas = f", in {count(status.workers_wanted // ranks, 'replica')} of {ranks}" if ranks > 1 else ""
+    rows.append(("workers", f"{status.workers} of {status.workers_wanted}{least}{replicas}"))
     backups = ", each with a backup" if document.get("replication") == 2 else ""
     rows.append(("shards", f"{status.shards}{backups}"))
     rows.append(("mode", status.mode))
