@@ -1,10 +1,14 @@
 """A small causal transformer that predicts the next character of Python source code.
 
-    python char_transformer.py                        one ordinary process
-    downpour run -w 2 -s 2 char_transformer.py        two workers, two parameter-server shards
+    python char_transformer.py                                              one ordinary process
+    downpour run -w 2 -s 2 char_transformer.py                              two workers, two parameter-server shards
+    downpour run -w 2 -s 1 --tensor 2 char_transformer.py                   one replica: two workers share each layer
+    downpour run -w 2 -s 1 --pipeline 2 char_transformer.py                 one replica: two stages
+    downpour run -w 4 -s 1 --tensor 2 --pipeline 2 char_transformer.py      one replica: two stages of two workers
 
 Shows a weight used twice (the embedding is also the output layer), a schedule by step with warm-up, gradient
-clipping and accumulation. On several hosts, whose Pythons may differ, give all the same `--text FILE`.
+clipping and accumulation, and `downpour.forward_backward`, which a pipeline needs. On several hosts, whose Pythons
+may differ, give all the same `--text FILE`.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ def load_text(file: Path | None, max_chars: int) -> tuple[Tensor, int]:
 
 
 class CharTransformer(nn.Module):
-    """Input: symbols of shape (batch, time). Output: logits of shape (batch, time, alphabet)."""
+    """Input: symbols of shape (batch, context). Output: logits of shape (batch, context, alphabet)."""
 
     def __init__(self, alphabet: int, context: int, width: int, layers: int) -> None:
         super().__init__()
@@ -65,25 +69,27 @@ class CharTransformer(nn.Module):
         self.output = nn.Linear(width, alphabet, bias=False)
         self.output.weight = self.embed.weight  # tied: one parameter, two uses
         nn.init.normal_(self.embed.weight, std=width**-0.5)
+        mask = nn.Transformer.generate_square_subsequent_mask(context)
+        self.register_buffer("mask", mask, persistent=False)  # made in forward, it would depend on the input's values
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        h = self.embed(x) + self.position[: x.shape[1]]
+        h = self.embed(x) + self.position
         for layer in self.layers:
-            h = layer(h, src_mask=mask, is_causal=True)
+            h = layer(h, src_mask=self.mask, is_causal=True)
         logits: Tensor = self.output(self.norm(h))
         return logits
 
 
-def next_symbol_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Predict each window's symbols from those before them: the mean cross-entropy in nats."""
-    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+def next_symbol_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """The mean cross-entropy in nats of each symbol's successor."""
+    return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
 
 @torch.no_grad()
 def validate(model: nn.Module, windows: Tensor) -> float:
     model.eval()
-    total = sum(next_symbol_loss(model, part).item() * len(part) for part in torch.split(windows, 64))
+    parts = torch.split(windows, 64)
+    total = sum(next_symbol_loss(model(part[:, :-1]), part[:, 1:]).item() * len(part) for part in parts)
     model.train()
     return total / len(windows)
 
@@ -93,10 +99,9 @@ def lr_factor(progress: float) -> float:
     return min(1.0, 10 * progress) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def forever(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+def forever(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     while not downpour.should_stop():
-        for (windows,) in loader:
-            yield windows
+        yield from loader
 
 
 def main() -> None:
@@ -110,35 +115,36 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = CharTransformer(alphabet, args.context, args.width, args.layers).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1)
-    loader = DataLoader(TensorDataset(train), batch_size=args.batch_size, shuffle=True)
+    loader = DataLoader(TensorDataset(train[:, :-1], train[:, 1:]), batch_size=args.batch_size, shuffle=True)
     model, optimizer, loader = downpour.prepare(model, optimizer, loader)
 
     first = downpour.clock()  # above 0 when the run was resumed: the schedule goes on from there
     scheduler = LambdaLR(optimizer, lambda i: lr_factor((first + i + 1) / args.steps))
     batches = forever(loader)
+
+    def criterion(logits: Tensor, following: Tensor) -> Tensor:
+        return next_symbol_loss(logits, following) / args.accumulate
+
     for step in range(first, args.steps):
         optimizer.zero_grad()
         loss = 0.0
-        for batch in islice(batches, args.accumulate):
-            part = next_symbol_loss(model, batch.to(device)) / args.accumulate
-            part.backward()
-            loss += part.item()
+        for given, following in islice(batches, args.accumulate):
+            # Alone: part = criterion(model(given), following); part.backward()
+            loss += downpour.forward_backward(model, criterion, given.to(device), following.to(device)).item()
         if downpour.should_stop():
             break
         nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
         scheduler.step()
 
-        if step % 10 == 0:
+        if step % 10 == 0 and downpour.is_chief():
             downpour.log(loss=loss)
-        if downpour.is_chief() and (step + 1) % args.eval_every == 0:
-            downpour.pull()
-            nats = validate(model, validation)
+        if (step + 1) % args.eval_every == 0 and downpour.is_chief():
+            nats = validate(downpour.unsplit(model), validation)
             print(f"step {step + 1}  loss {loss:.3f}  validation loss {nats:.3f} nats/char")
 
     if downpour.is_chief():
-        downpour.pull()
-        nats = validate(model, validation)
+        nats = validate(downpour.unsplit(model), validation)
         downpour.log(validation_loss=nats)
         print(f"final validation loss {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char")
 

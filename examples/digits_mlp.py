@@ -73,14 +73,12 @@ def main() -> None:
                 downpour.log(loss=losses[-1])
 
         if downpour.is_chief():
-            downpour.pull()
-            accuracy = digits_data.accuracy(model, digits.test_images, digits.test_labels, device)
+            accuracy = digits_data.accuracy(downpour.unsplit(model), digits.test_images, digits.test_labels, device)
             mean_loss = sum(losses) / max(1, len(losses))
             print(f"epoch {epoch + 1}  loss {mean_loss:.3f}  test accuracy {accuracy:.4f}")
 
     if downpour.is_chief():
-        downpour.pull()
-        accuracy = digits_data.accuracy(model, digits.test_images, digits.test_labels, device)
+        accuracy = digits_data.accuracy(downpour.unsplit(model), digits.test_images, digits.test_labels, device)
         downpour.log(test_accuracy=accuracy)
         print(f"final test accuracy {accuracy:.4f}")
 

@@ -72,7 +72,7 @@ def main() -> None:
 
     @torch.no_grad()
     def test_rmse() -> float:
-        return rmse(model(inputs).cpu() * y_std + y_mean, test_y)
+        return rmse(downpour.unsplit(model)(inputs).cpu() * y_std + y_mean, test_y)
 
     scheduler = StepLR(optimizer, step_size=max(1, args.epochs // 3), gamma=0.3)
     for _ in range(downpour.epoch()):  # more than none when the run was resumed
@@ -91,12 +91,10 @@ def main() -> None:
         scheduler.step()
 
         if downpour.is_chief():
-            downpour.pull()
             mean_loss = sum(losses) / max(1, len(losses))
             print(f"epoch {epoch + 1}  loss {mean_loss:.3f}  test RMSE {test_rmse():.2f}")
 
     if downpour.is_chief():
-        downpour.pull()
         downpour.log(test_rmse=test_rmse())
         of_mean = rmse(y_mean.expand_as(test_y), test_y)
         print(f"final test RMSE {test_rmse():.2f}  (predicting the mean: {of_mean:.2f})")

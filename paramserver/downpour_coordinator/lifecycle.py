@@ -449,9 +449,13 @@ class Lifecycle:
         synchronous = self.training.facts.mode.synchronous
         in_round = synchronous and worker is not None and not left and (worker.answered or worker.takes_over)
         training = self.phase is Phase.TRAINING and self.training.begun
-        alone = len(mates) == 1  # a whole replica that has died has no state to go on from in its round
-        if in_round and worker and not worker.gone and training and alone and self._can_spend(failure, now_s):
-            self._take_over(process, failure, now_s)
+        alone = len(mates) == 1
+        if process.fallen == "over":
+            self._replica_over(mates, now_s)
+            return
+        in_place = in_round and training and not any(self.training.workers[p.index].gone for p in mates)
+        if in_place and not process.fallen and self._can_spend(failure, now_s):
+            self._take_over(process, mates, failure, now_s)
             return
         if (self.training.begun and not synchronous) or (worker is not None and not left and not in_round):
             for mate in [process] if left else mates:
@@ -507,7 +511,7 @@ class Lifecycle:
         return replace(failure, index=first.slot, message=first.error, details=first.traceback.rstrip())
 
     @staticmethod
-    def _fell(mates: list[Process], fate: Literal["again", "out"]) -> None:
+    def _fell(mates: list[Process], fate: Literal["again", "out", "over"]) -> None:
         for mate in mates:
             mate.fallen = fate
 
@@ -515,7 +519,11 @@ class Lifecycle:
         """Once all workers of a replica have ended: others in their places, if they are wanted."""
         if any(p.state != "ended" for p in mates):
             return
-        if any(p.fallen == "again" for p in mates):
+        if any(p.fallen == "over" for p in mates):
+            for before, after in zip(mates, self.roster.succeed_together(mates, now_s), strict=True):
+                after.leaving = before.leaving and not before.replace
+                self.training.take_over(after.index, after.epoch)
+        elif any(p.fallen == "again" for p in mates):
             for process in self.roster.succeed_together(mates, now_s):
                 self.training.expect(process.index, process.epoch)
         elif any(p.leaving and p.replace and not p.fallen for p in mates):
@@ -543,12 +551,14 @@ class Lifecycle:
         who = failure.who if process.ranks > 1 else process.name
         self.warnings.append(f"{who} {failure.message}; {meaning}")
 
-    def _take_over(self, process: Process, failure: Failure, now_s: float) -> None:
-        """sync: another process goes on in the round that this worker has died in, and leaves then if it was to."""
-        self._spend(process, failure, "another process takes over", now_s)
-        after = self.roster.succeed(process, now_s)
-        after.leaving = process.leaving and not process.replace
-        self.training.take_over(process.index, after.epoch)
+    def _take_over(self, process: Process, mates: list[Process], failure: Failure, now_s: float) -> None:
+        """sync: another process goes on in the round that this worker has died in, or others in the places of its
+        replica once all of that have ended; they leave then if they were to."""
+        meaning = "another process takes over" if len(mates) == 1 else "others take over its replica"
+        self._spend(process, failure, meaning, now_s)
+        self._fell(mates, "over")
+        if self.roster.stop(mates, 0.0):
+            self._replica_over(mates, now_s)
 
     def _judge_shard(self, process: Process, now_s: float, effects: list[Effect]) -> None:
         """What the end of a shard's process means."""

@@ -48,7 +48,7 @@ class Process:
     """the job's; of a server process"""
     ranks: int = 1
     """workers of a replica; of a worker"""
-    fallen: Literal["", "again", "out"] = ""
+    fallen: Literal["", "again", "out", "over"] = ""
     """a worker whose replica ends because one of it has: once all have, it is started again, or left out"""
 
     @property

@@ -40,7 +40,7 @@ class Roster:
         return [
             p
             for p in self.workers()
-            if (p.state != "ended" or p.fallen == "again") and p.fallen != "out" and not p.leaving
+            if (p.state != "ended" or p.fallen in ("again", "over")) and p.fallen != "out" and not p.leaving
         ]
 
     def pending(self) -> list[Process]:

@@ -658,8 +658,8 @@ class Training:
         if worker.gone:
             return  # what it asked for before it left
         match message:
-            case m.TakeLease() | m.BeginPass() if not self._leads(message.slot):
-                reason = f"worker/{message.slot} has no samples of its own; its replica's first worker takes them"
+            case m.TakeLease() | m.BeginPass() | m.EnterBarrier() if not self._leads(message.slot):
+                reason = f"worker/{message.slot} is one of a replica, for which its first worker speaks"
                 self._answer(worker, peer, m.Refused(message.request, Refusal.FORBIDDEN.value, reason), effects)
             case m.TakeLease():
                 if min(message.loader, message.epoch, message.total, message.unit, *message.done) < 0:
@@ -741,7 +741,8 @@ class Training:
         self._answer(worker, peer, m.PassBegins(begin.request, workers, index), effects)
 
     def _release_barriers(self, effects: list[TrainingEffect]) -> None:
-        live = {w.slot for w in self.workers.values() if not w.gone and (w.answered or w.takes_over or not self.begun)}
+        leads = [w for w in self.workers.values() if self._leads(w.slot) and not w.gone]
+        live = {w.slot for w in leads if w.answered or w.takes_over or not self.begun}
         for slot, (peer, request) in self._barriers.opened(live, self._past):
             self._answer(self.workers[slot], peer, m.Ack(request, 0), effects)
 

@@ -251,17 +251,31 @@ def test_with_too_few_left_the_job_fails_and_says_which_rank(mode: str) -> None:
     assert (failure.who, failure.exit_code) == ("worker/3 (replica 1, rank 1)", 7)
 
 
-def test_in_sync_the_whole_job_begins_again_from_its_checkpoint() -> None:
+def test_in_sync_a_replica_is_taken_over_in_its_round() -> None:
+    there = world(mode="sync", restarts=1).start()
+    for _ in range(3):
+        there.speak()
+    there.end(("worker", 1), -9)
+    assert (there.life.restarts, there.life.warnings[-1]) == (
+        1,
+        "worker/1 (replica 0, rank 1) killed by signal 9 (SIGKILL); others take over its replica",
+    )
+    assert there.life.pending() == []
+    there.obey()
+    assert {p.index: p.epoch for p in there.life.roster.workers()} == {0: 1, 1: 1, 2: 0, 3: 0}
+    assert [w.takes_over for w in there.life.training.workers.values()] == [True, True, False, False]
+
+
+def test_in_sync_the_whole_job_begins_again_if_a_rank_had_said_goodbye() -> None:
     there = world(mode="sync", restarts=1).start()
     for _ in range(3):
         there.speak()
     there.wait(30.0)
     assert there.committed
+    there.leave(0)
     there.end(("worker", 1), -9)
-    assert there.life.restarts == 0
     there.wait(20.0)
     assert (there.phase, there.life.restarts, there.life.training.facts.clock) == (Phase.TRAINING, 1, 5)
-    assert {p.epoch for p in there.life.roster.workers()} == {1}
     assert "started again from its last checkpoint" in there.life.warnings[-1]
 
 

@@ -174,10 +174,11 @@ def forward_backward(model: nn.Module, criterion: Criterion, inputs: Any, target
 
 
 def unsplit(model: nn.Module) -> nn.Module:
-    """``model`` as one worker can run it alone: itself, or a copy with the newest weights if it is split over ranks.
+    """``model`` with the newest weights, as one worker can run it alone: itself, or a copy if it is split over ranks.
 
     For evaluation on the chief: ``if downpour.is_chief(): evaluate(downpour.unsplit(model))``. The copy needs the
-    memory of the whole model. Raises :class:`downpour.ConfigError` for another model than the prepared one.
+    memory of the whole model. Without a launcher ``model`` is returned as it is. Raises
+    :class:`downpour.ConfigError` for another model than the prepared one.
     """
     if _session is None:
         return model
@@ -210,7 +211,7 @@ def device() -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device in this process")
     if wanted != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", rank() % torch.cuda.device_count())
+        return torch.device("cuda", (0 if _context is None else _context.slot) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

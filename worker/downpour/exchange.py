@@ -22,7 +22,8 @@ class StateExchange:
     """Moves what is not pushed every step: first weights, frozen tensors, buffers.
 
     ``is_chief``: whether this worker is the chief at that moment, or a rank of the chief's replica, which brings what
-    is of its own column. ``agreed``: of a number that every rank of the replica has, the greatest.
+    is of its own column. ``agreed``: of a number that every rank of the replica has, the greatest; ``together``: the
+    beginning of all of them, from that of this one.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class StateExchange:
         client: ParameterClient,
         is_chief: Callable[[], bool],
         agreed: Callable[[int], int] = int,
+        together: Callable[[Beginning], Beginning] = lambda begins: begins,
     ) -> None:
         self._context = context
         self._is_chief = is_chief
         self._agreed = agreed
+        self._together = together
         self._space = space
         self._staging = staging
         self._client = client
@@ -63,7 +66,7 @@ class StateExchange:
         If that one was through with a pass, this is said for it first. ``leave_point`` as in :meth:`ClientThread.wait`.
         """
         column = self._space.column
-        begins = takeover.taken_over(self._client.hello(), column)
+        begins = self._together(takeover.taken_over(self._client.hello(), column))
         self._begin(begins)
         others = self._lend_others()
         if self._is_chief() and not restored:
@@ -75,7 +78,7 @@ class StateExchange:
                 self.push_buffers()
             self._client.end_epoch(0, begins.finished, leave_point)
             # Some shards may have been past that end, and others not: now all are.
-            begins = replace(begins, seq=takeover.taken_over(self._client.hello(), column).seq)
+            begins = replace(begins, seq=self._together(takeover.taken_over(self._client.hello(), column)).seq)
             self._client.begin_at(begins.seq)
             self.pull_buffers()
         self._pull_round(begins.seq)

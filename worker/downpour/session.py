@@ -210,8 +210,8 @@ class Session:
         self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
         for move in list(self._moves.values()):
             self._client.moved(move)
-        agreed = int if self._replica is None else self._replica.greatest
-        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.of_chief, agreed)
+        common = () if self._replica is None else (self._replica.greatest, self._replica.together)
+        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.of_chief, *common)
         # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
         epoch = welcome.position[0] if welcome.position else 0
         self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), self._client.shard_epochs)
@@ -342,7 +342,10 @@ class Session:
         """Wait until every live worker is here."""
         self.leave_point()
         with span("wait"):
-            self._control.barrier()
+            if self._replica is None or self._replica.leads:
+                self._control.barrier()
+            if self._replica is not None:
+                self._replica.meet()
 
     # ------------------------------------------------------------ who is there
 
@@ -417,19 +420,19 @@ class Session:
         if self._model is None:
             raise ConfigError("downpour.save needs a model; give one to downpour.prepare")
         if self.is_chief:
-            if self._replica is None:
-                self.pull()
             if self._layerwise is not None:
+                self.pull()
                 save_state_dict(self._model, path, self._layerwise.read)
             else:
                 save_state_dict(self.unsplit(self._model), path)
 
     def unsplit(self, model: nn.Module) -> nn.Module:
         """See :func:`downpour.unsplit`."""
-        if self._replica is None:
-            return model
         if model is not self._model:
             raise ConfigError("downpour.unsplit: give it the model that downpour.prepare was given")
+        if self._replica is None:
+            self.pull()
+            return model
         assert self._client is not None
         return self._replica.unsplit(self._client.pull_whole(), self._replica.group.device)
 
@@ -512,6 +515,8 @@ class Session:
         if self._ended != (loader, epoch):
             self._exchange.push_buffers()
         if self.synchronous:
+            if self._replica is not None:
+                self._replica.meet()  # so that no column is past the pass while another lacks a contribution to it
             failpoints.hit("worker.end_epoch.before")
             with span("wait"):
                 number = self._client.end_epoch(loader, epoch, self.leave_point)
@@ -543,7 +548,7 @@ class Session:
                 self._client.leave()
                 self._report(force=True)
                 failpoints.hit("worker.goodbye.before")
-                self._control.goodbye(self.drain.asked, torn, self._client.numbers)
+                self._control.goodbye(self._drained, torn, self._client.numbers)
         except BaseException as error:
             self._tell_failure(error, "".join(traceback.format_exception(error)))
             raise
@@ -552,11 +557,16 @@ class Session:
             if self._replica is not None:
                 self._replica.close()
 
+    @property
+    def _drained(self) -> bool:
+        """Whether the script has ended because this worker was to leave; in a replica, all of them or none."""
+        return self.drain.asked if self._replica is None else self._told.leave
+
     def _torn_next(self) -> int:
         """sync: announce that this worker leaves, before the others can go on without it. Returns the samples that it
         would have had of the next pass, if that is split already."""
         follows = self._replica is not None and not self._replica.leads
-        if not (self.synchronous and self.drain.asked and self._loaders) or follows:
+        if not (self.synchronous and self._drained and self._loaders) or follows:
             return 0
         begins = self._control.begin_pass(0, self.epoch, -1)
         return self._loaders[0].part((begins.workers, begins.index)) if begins.workers else 0

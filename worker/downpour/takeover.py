@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from downpour_common.layout import Column
 from downpour_common.messages import HelloReply
@@ -49,6 +49,14 @@ def taken_over(replies: Sequence[HelloReply], column: Column) -> Beginning:
     if len(ended) == 2 and ended[0] == 0:  # whatever its last samples were, it has no more of that pass
         positions.append((ended[1] + 1, 0))
     return Beginning(seq, min((r.buffers for r in buffers), default=0), max(positions, default=None), ended)
+
+
+def together(ranks: Sequence[Beginning]) -> Beginning:
+    """The beginning that the ranks of a replica have in common: the first contribution that one of them lacks, and the
+    data that this one knows of. The rest is each rank's own: here the first's."""
+    seq = min(begins.seq for begins in ranks)
+    known = [b.position for b in ranks if b.seq == seq and b.position is not None]
+    return replace(ranks[0], seq=seq, position=max(known, default=None))
 
 
 def _of(replies: Sequence[HelloReply], column: Column, kind: str) -> list[HelloReply]:

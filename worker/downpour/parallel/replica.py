@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import TCPStore
 
+from downpour import takeover
 from downpour.clipping import OverRanks, across
 from downpour.context import WorkerContext
 from downpour.control import Control
@@ -29,9 +32,12 @@ from downpour.parallel.split import Cut, cut, held_of, stage_of
 from downpour.parallel.tensor import split_tensor
 from downpour.scaler import agreeing
 from downpour.spans import span
+from downpour.takeover import Beginning
+from downpour_common import wire
 from downpour_common.errors import ModelError, PeerTimeout
 
 PLAN_KEY = "plan"
+_LOOPBACK = "127.0.0.1"
 
 
 def join(context: WorkerContext, control: Control, device: torch.device) -> Group:
@@ -40,20 +46,24 @@ def join(context: WorkerContext, control: Control, device: torch.device) -> Grou
     key = f"group/{context.replica}/{context.worker_epoch}"
     seconds = context.start_timeout_s
     if place.rank == 0:
-        store = _store("127.0.0.1", 0, True, seconds)
-        control.agree(key, f"127.0.0.1:{store.port}".encode())
+        # Left to itself the store would listen on all of the host's addresses.
+        listening = socket.create_server((_LOOPBACK, 0))
+        port = listening.getsockname()[1]
+        store = _store(_LOOPBACK, port, seconds, listening.detach())
+        control.agree(key, f"{_LOOPBACK}:{port}".encode())
     else:
-        host, _, port = control.agree(key).decode().rpartition(":")
-        store = _store(host, int(port), False, seconds)
+        host, _, text = control.agree(key).decode().rpartition(":")
+        store = _store(host, int(text), seconds)
     try:
         return Group(place, store, device, context.timeout_s)
     except dist.DistError as error:
         raise PeerTimeout(f"replica {context.replica}", f"its {place.ranks} ranks to meet ({error})", seconds) from None
 
 
-def _store(host: str, port: int, master: bool, seconds: float) -> TCPStore:
-    deadline = datetime.timedelta(seconds=seconds)
-    return TCPStore(host, port, is_master=master, timeout=deadline, wait_for_workers=False)
+def _store(host: str, port: int, seconds: float, listening: int | None = None) -> TCPStore:
+    """``listening``: a socket's number, where the store is kept."""
+    deadline, keeps = datetime.timedelta(seconds=seconds), listening is not None
+    return TCPStore(host, port, is_master=keeps, timeout=deadline, wait_for_workers=False, master_listen_fd=listening)
 
 
 @dataclass(slots=True)
@@ -131,6 +141,12 @@ class Replica:
         if optimizer is not None:
             _point(optimizer, groups, self.held)
         ranks = [holding.decode(data) for data in self.group.gather_bytes(holding.encode(self.held))]
+        if self.leads and all(rows == ranks[0] and not any(part for _, part, _ in rows) for rows in ranks):
+            warnings.warn(
+                "no layer of the model is split, and all ranks of a replica compute the same: name layers in "
+                "downpour.Plan(tensor={...}), or go without --tensor",
+                stacklevel=2,
+            )
         space = holding.assemble(described.spec, ranks)
         self._share(space.shared)
         self._judge_together()
@@ -223,6 +239,17 @@ class Replica:
     def greatest(self, number: int) -> int:
         """Of what each rank gives."""
         return int(self.group.reduce(torch.tensor([number]), "max"))
+
+    def together(self, begins: Beginning) -> Beginning:
+        """Where the replica goes on, if this rank could at ``begins``."""
+        mine = wire.pack([begins.seq, begins.position or []])
+        ranks = [cast(list[Any], wire.unpack(data)) for data in self.group.gather_bytes(mine)]
+        others = [Beginning(seq, 0, (place[0], place[1]) if place else None) for seq, place in ranks]
+        return takeover.together([begins, *others])
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.greatest(0)
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, if it is set on any rank."""

@@ -250,7 +250,7 @@ def _not_in_place(module: nn.Module) -> None:
     """What comes out of a split layer is a view, which autograd does not let be overwritten."""
     for each in module.modules():
         if getattr(each, "inplace", False) is True:
-            each.inplace = False
+            vars(each)["inplace"] = False
 
 
 def _no_fast_path(module: nn.Module) -> None:
