@@ -79,7 +79,8 @@ def script_of(schedule: Schedule, folder: Path) -> list[str]:
             norm = ["--norm"] if schedule.norm else []
             return ["bitwise.py", "--passes", str(PASSES), "--samples", str(SAMPLES), *norm]
         case "census":
-            return ["census.py", str(folder / "notes"), "--passes", str(PASSES), "--samples", str(SAMPLES)]
+            counts = ["--passes", str(PASSES), "--samples", str(SAMPLES), "--rows", str(schedule.shards)]
+            return ["census.py", str(folder / "notes"), *counts]
         case _:
             counts = ["--steps", str(STEPS), "--rows", str(schedule.shards), "--slots", str(schedule.workers)]
             return ["ledger.py", str(folder / "notes"), *counts]
@@ -170,7 +171,7 @@ def judge(schedule: Schedule, out: Path, folder: Path, document: dict[str, Any],
     begun_again = any("was started again from" in text for text in document.get("warnings", []))
     if kind.oracle == "census":
         synchronous = kind.mode == "sync"
-        if problems := oracles.census_problems(folder / "notes", PASSES, SAMPLES, synchronous, begun_again):
+        if problems := oracles.census_problems(out, folder / "notes", PASSES, SAMPLES, synchronous, begun_again):
             raise Wrong(f"{len(problems)} problems: {'; '.join(problems[:5])}")
         return 0
     ledger = oracles.ledger_of(out, folder / "notes", schedule.workers, STEPS)

@@ -89,23 +89,39 @@ def ledger_of(out: Path, books: Path, slots: int, steps: int) -> Ledger:
 # ---------------------------------------------------------------- the census
 
 
-def census_problems(notes: Path, passes: int, samples: int, synchronous: bool, begun_again: bool) -> list[str]:
-    """What contradicts "each sample once in each pass" in the notes of ``workloads/census.py``.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of one worker, as noted; ``done``: it is known to be completed."""
 
-    ``synchronous``: a step that was computed again must have had the same samples, and counts once. In the other modes
-    a job that has ``begun_again`` as a whole may have trained samples twice: then none may be missing, and that is all.
+    done: bool
+    number: int
+    """of its pass"""
+    clock: int
+    samples: tuple[int, ...]
+
+
+def census_problems(
+    out: Path, notes: Path, passes: int, samples: int, synchronous: bool, begun_again: bool
+) -> list[str]:
+    """What contradicts "each sample once in each pass" in what ``workloads/census.py`` has noted and trained.
+
+    ``synchronous``: a step that was computed again must have had the same samples, and counts once, and the weights
+    must be those of the steps that are noted, each applied once by each shard. So it does not matter whether a worker
+    lived to note that a step was done. In the other modes a job that has ``begun_again`` as a whole may have trained
+    samples twice: then none may be missing, and that is all.
     """
     problems: list[str] = []
     trained: dict[int, Counter[int]] = {n: Counter() for n in range(passes)}
+    rounds: dict[int, list[Step]] = {}
     for path in sorted(notes.glob("census-*.txt")):
-        seen: dict[int, tuple[int, list[int]]] = {}
-        for line in path.read_text().splitlines():
-            number, clock, *ids = map(int, line.split())
-            if not synchronous or clock not in seen:
-                trained[number].update(ids)
-            elif seen[clock] != (number, ids):
-                problems.append(f"{path.name}: step {clock} was computed again with other samples")
-            seen[clock] = (number, ids)
+        seen: dict[int, Step] = {}
+        for step in _steps_of(path):
+            known = seen.setdefault(step.clock, step)
+            if synchronous and (known.number, known.samples) != (step.number, step.samples):
+                problems.append(f"{path.name}: step {step.clock} was computed again with other samples")
+            if known is step if synchronous else step.done:
+                trained[step.number].update(step.samples)
+                rounds.setdefault(step.clock, []).append(step)
     for number, counts in trained.items():
         missing = sorted(set(range(samples)) - set(counts))
         twice = sorted(i for i, n in counts.items() if n > 1)
@@ -113,4 +129,32 @@ def census_problems(notes: Path, passes: int, samples: int, synchronous: bool, b
             problems.append(f"pass {number}: {len(missing)} samples were not trained: {missing[:8]}")
         if twice and (synchronous or not begun_again):
             problems.append(f"pass {number}: {len(twice)} samples were trained more than once: {twice[:8]}")
+    if synchronous:
+        problems += _weights_problems(out, rounds, passes, samples)
+    return problems
+
+
+def _steps_of(path: Path) -> list[Step]:
+    steps = []
+    for line in path.read_text().splitlines():
+        word, *numbers = line.split()
+        number, clock, *samples = map(int, numbers)
+        steps.append(Step(word == "done", number, clock, tuple(samples)))
+    return steps
+
+
+def _weights_problems(out: Path, rounds: dict[int, list[Step]], passes: int, samples: int) -> list[str]:
+    """Where the final weights are others than those of these rounds, each applied once."""
+    expected = torch.zeros(passes, samples)
+    for steps in rounds.values():
+        size = sum(len(step.samples) for step in steps)
+        for step in steps:
+            expected[step.number, list(step.samples)] += 1 / size
+    problems = []
+    for name, weights in sorted(load_file(out / "model.safetensors").items()):
+        wrong = (weights.reshape(passes, samples) - expected).abs() > 1e-5
+        for number in range(passes):
+            if ids := wrong[number].nonzero().flatten().tolist():
+                of = f"of {len(ids)} samples: {ids[:8]}"
+                problems.append(f"pass {number}: parameter {name} is not that of the steps noted, in the entries {of}")
     return problems

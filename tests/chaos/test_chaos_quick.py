@@ -12,6 +12,8 @@ from pathlib import Path
 import killloop
 import oracles
 import pytest
+import torch
+from safetensors.torch import save_file
 from schedules import STEPS, Fault, Schedule, draw
 
 from downpour_common.errors import CheckpointError
@@ -136,22 +138,44 @@ def test_a_schedule_follows_from_its_seed_and_every_kind_has_faults() -> None:
         assert set(killloop.KINDS[kind].victims) <= struck | ({"server"} if struck & {"leader", "backup"} else set())
 
 
-def test_the_oracles_see_what_they_are_for(tmp_path: Path) -> None:
+def test_the_ledger_sees_what_it_is_for() -> None:
     ledger = oracles.Ledger({(0, 0), (0, 1)}, {(0, 0), (0, 1)}, [killloop_row([1, 0, 0]), killloop_row([2, 0, 1])])
     assert ledger.lost() == [{(0, 1)}, {(0, 1)}]
     assert [text.split(" by ")[0] for text in ledger.wrong()] == [
         "push 0 of worker/0 was applied 2 times",
         "push 2 of worker/0 was applied",
     ]
-    (tmp_path / "census-0.txt").write_text("0 0 0 1\n0 1 2 3\n0 1 2 3\n")
-    assert oracles.census_problems(tmp_path, 1, 4, synchronous=True, begun_again=False) == []
-    assert len(oracles.census_problems(tmp_path, 1, 4, synchronous=False, begun_again=False)) == 1
-    assert oracles.census_problems(tmp_path, 1, 4, synchronous=False, begun_again=True) == []
-    assert len(oracles.census_problems(tmp_path, 1, 5, synchronous=True, begun_again=False)) == 1
 
 
-def killloop_row(counts: list[int]) -> object:
+def census(folder: Path, weights: list[float], synchronous: bool = True, begun_again: bool = False) -> int:
+    """How many problems there are in one pass of as many samples as weights, with the notes of ``folder``."""
+    save_file({"0": torch.tensor(weights), "1": torch.tensor(weights)}, folder / "model.safetensors")
+    return len(oracles.census_problems(folder, folder, 1, len(weights), synchronous, begun_again))
+
+
+def test_the_census_counts_what_the_weights_hold_whatever_a_worker_lived_to_note(tmp_path: Path) -> None:
+    notes, half = tmp_path / "census-0.txt", [0.5, 0.5, 0.5, 0.5]
+    twice = "begun 0 0 0 1\ndone 0 0 0 1\n" + 2 * "begun 0 1 2 3\ndone 0 1 2 3\n"
+    notes.write_text(twice)
+    assert census(tmp_path, half) == 0
+    assert census(tmp_path, [*half, 0.0]) == 1  # not trained
+    assert census(tmp_path, half, synchronous=False) == 1
+    assert census(tmp_path, half, synchronous=False, begun_again=True) == 0
+    # Killed between the update and the note of it, and taken over behind that step.
+    notes.write_text("begun 0 0 0 1\nbegun 0 1 2 3\ndone 0 1 2 3\n")
+    assert census(tmp_path, half) == 0
+    assert census(tmp_path, half, synchronous=False) == 1
+    assert census(tmp_path, [0.0, 0.0, 0.5, 0.5]) == 2  # it was not applied; once for each shard
+    assert census(tmp_path, [1.0, 1.0, 0.5, 0.5]) == 2
+    notes.write_text("begun 0 0 0 1\nbegun 0 0 1 2\nbegun 0 1 2 3\n")
+    assert census(tmp_path, half) == 1  # again with other samples
+    # Two workers meet in a round: one mean of all its samples.
+    notes.write_text("begun 0 0 0 1\n")
+    (tmp_path / "census-1.txt").write_text("begun 0 0 2 3\n")
+    assert census(tmp_path, [0.25] * 4) == 0
+    assert census(tmp_path, half) == 2
+
+
+def killloop_row(counts: list[int]) -> torch.Tensor:
     """One shard's counts for one worker."""
-    import torch
-
     return torch.tensor([counts], dtype=torch.float32)

@@ -1,7 +1,14 @@
-"""Which worker trained which sample, in which step? FOLDER/census-SLOT.txt has a line ``pass clock id id …`` for each
-step that was completed; ``clock`` is the step's. A step that had to be computed again is noted again.
+"""Which worker trained which sample, in which step? Told twice: by notes, and by the weights themselves.
 
-    census.py FOLDER [--passes N] [--samples N] [--pause-ms MS]
+    census.py FOLDER [--passes N] [--samples N] [--rows N] [--pause-ms MS]
+
+FOLDER/census-SLOT.txt has a line ``begun pass clock id id …`` for each step before it is made, and ``done …`` with the
+same once it is completed; ``clock`` is the step's. A process may die between an update and what it would have noted of
+it, so that only the first line tells of all steps; one that had to be computed again is noted again.
+
+Each of ``--rows`` parameters (give the number of shards: one lies on each) has an entry for every sample of every pass,
+and a step adds to the entries of its samples 1 through their number: SGD with rate 1. In ``sync`` the entries of a
+round so become 1 through the number of all its samples.
 """
 
 import argparse
@@ -20,6 +27,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
 parser.add_argument("--passes", type=int, default=3)
 parser.add_argument("--samples", type=int, default=397)
+parser.add_argument("--rows", type=int, default=1)
 parser.add_argument("--pause-ms", type=float, default=2.0)
 
 
@@ -28,19 +36,20 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     slot = int(json.loads(os.environ["DOWNPOUR_WORKER"])["slot"])
     torch.manual_seed(5)
-    data = TensorDataset(torch.randn(args.samples, 5), torch.arange(args.samples))
-    model = nn.Linear(5, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = TensorDataset(torch.arange(args.samples))
+    model = nn.ParameterList([nn.Parameter(torch.zeros(args.passes * args.samples)) for _ in range(args.rows)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     loader = DataLoader(data, batch_size=4, shuffle=True)
     model, optimizer, loader = downpour.prepare(model, optimizer, loader)
     notes = os.open(args.folder / f"census-{slot}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in range(downpour.epoch(), args.passes):
-        for inputs, ids in loader:
-            clock = downpour.clock()
+        for (ids,) in loader:
+            note = f"{number} {downpour.clock()} {' '.join(map(str, ids.tolist()))}\n"
+            os.write(notes, f"begun {note}".encode())
             optimizer.zero_grad()
-            model(inputs).square().mean().backward()
+            (-sum(row[number * args.samples + ids].mean() for row in model)).backward()
             optimizer.step()
-            os.write(notes, f"{number} {clock} {' '.join(map(str, ids.tolist()))}\n".encode())
+            os.write(notes, f"done {note}".encode())
             time.sleep(args.pause_ms / 1e3)
 
 
