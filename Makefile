@@ -5,7 +5,7 @@ MINUTES ?= 30
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fast lint chaos bench bench-full clean
+.PHONY: help run test test-long fast lint chaos bench bench-full clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,11 @@ run: $(VENV)/.done ## set up, then train digits with 2 shards and 2 workers
 test: $(VENV)/.done lint ## set up, then lint, types and all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+test-long: $(VENV)/.done ## the tests that CI has no time for: 3 to 5 minutes
+	$(BIN)/python -m pytest -m long -n auto --maxprocesses 2 --dist loadfile
+
 fast: $(VENV)/.done ## only the tests without processes
-	$(BIN)/python -m pytest -m 'not process'
+	$(BIN)/python -m pytest -m 'not process and not long'
 
 lint: $(VENV)/.done ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from bench_lib.markdown import WORDS, WORKLOADS
 from table import RESULTS, ROOT, documents
 
 COLOURS = {"ours": "#1f6fb2", "peer": "#c8553d", "limit": "#9aa3ab"}
+SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B"}
 KINDS = {"ours": "Downpour", "peer": "others", "limit": "limits"}
 
 
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         _save(_pushpull(found["pushpull"]), options.out / "pushpull.svg")
     if "training" in found:
         _save(_training(found["training"]), options.out / "training.svg")
+    if "memory" in found.get("model_parallel", {}).get("sections", {}):
+        _save(_pipeline_memory(found["model_parallel"]["sections"]["memory"]), options.out / "pipeline_memory.svg")
     return 0
 
 
@@ -75,6 +78,28 @@ def _training(document: dict[str, Any]) -> Any:
         axes.set_title(WORKLOADS[section["workload"]["name"]], loc="left", fontsize=9)
         axes.set_xlabel("samples per second; bar: median, line: all turns")
         axes.invert_yaxis()
+    return figure
+
+
+def _pipeline_memory(section: dict[str, Any]) -> Any:
+    """What a rank keeps for backward by the number of micro-batches, one line per schedule."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {"activations": "kept for backward, MB", "peak_memory": "the process at its peak, MB"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for (schedule, words), kind in zip(SCHEDULES.items(), ("peer", "ours"), strict=True):
+            rows = [row for row in section["rows"] if row["schedule"] == schedule]
+            counts, sizes = [row["microbatches"] for row in rows], [max(row[key]) / 1e6 for row in rows]
+            axes.plot(counts, sizes, marker="o", color=COLOURS[kind], label=words)
+            axes.annotate(f"{sizes[-1]:.3g}", (counts[-1], sizes[-1]), (0, 5), textcoords="offset points", ha="center")
+        axes.set_title(f"{title}, of the rank with the most", loc="left", fontsize=9)
+        axes.set_xlabel("micro-batches of a step, all of the same size")
+        axes.set_xticks(counts)
+        axes.set_ylim(bottom=0)
+        axes.margins(y=0.12)
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -35,6 +35,8 @@ BENCHMARKS = (
     Benchmark("memory", ["--optimizers", "sgd"]),
     Benchmark("snapshots", ["--optimizers", "sgd", "--only", "downpour-1", "--pairs", "3"]),
     Benchmark("recovery", ["--quick"]),
+    Benchmark("model_parallel", ["--only", "utilisation", "memory"]),
+    Benchmark("layerwise", ["--workers", "1", "--batches", "64", "--steps", "4"]),
     Benchmark("control_plane", ["--runs", "3"]),
     Benchmark("accuracy", None),
 )

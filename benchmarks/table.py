@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/reliability.md from the JSON files of the benchmarks.
+"""Writes the tables of the README and of some files in docs/ from the JSON files of the benchmarks.
 
 So they never say what was not measured.
 
@@ -17,7 +17,7 @@ from bench_lib.markdown import TABLES, filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "model_parallel.md")
 
 
 def documents(folder: Path = RESULTS) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Rewrite or check; an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is out of date")
-    parser.add_argument("--file", type=Path, action="append", help="default: both")
+    parser.add_argument("--file", type=Path, action="append", help="default: all of them")
     options = parser.parse_args(arguments)
     return max(_fill(file, options.check) for file in options.file or FILES)
 

@@ -51,6 +51,7 @@ WORKLOADS = {
     "mlp25m-adam": "MLP of 25 million parameters, Adam",
     "digits-adam": "the digits MLP, Adam",
 }
+SPLIT_MODELS = {"mlp25m": "MLP of 25 million parameters", "transformer": "transformer of 11 million"}
 GROUPS = ("ours", "peer", "limit")
 
 
@@ -192,6 +193,104 @@ def recovery(document: Document) -> list[str]:
     return [*lines, "", note, *_left_out(document)]
 
 
+def model_parallel(document: Document) -> list[str]:
+    """A table for each section that was measured."""
+    shown = {
+        "utilisation": _utilisation,
+        "memory": _activations,
+        "parts": _parts,
+        "steps": _split_steps,
+        "weights": _differences,
+    }
+    lines: list[str] = []
+    for name, table in shown.items():
+        if name in document["sections"]:
+            section = document["sections"][name]
+            lines += [*([""] if lines else []), *table(section), "", _where(section)]
+    return lines
+
+
+def _utilisation(section: Document) -> list[str]:
+    by_schedule: dict[str, dict[int, Any]] = {}
+    for row in section["rows"]:
+        by_schedule.setdefault(row["schedule"], {})[row["microbatches"]] = row
+    counts = list(next(iter(by_schedule.values())))
+    rows = [
+        (
+            f"`{schedule}`",
+            *(f"{100 * row['utilisation']:.1f} % of {100 * row['theory']:.1f} %" for row in by_count.values()),
+        )
+        for schedule, by_count in by_schedule.items()
+    ]
+    return _table(("utilisation, measured of at best", *(f"m = {count}" for count in counts)), rows)
+
+
+def _activations(section: Document) -> list[str]:
+    counts = sorted({row["microbatches"] for row in section["rows"]})
+    rows = []
+    for key, what in (("activations", "kept for backward"), ("peak_memory", "the process at its peak")):
+        for schedule in dict.fromkeys(row["schedule"] for row in section["rows"]):
+            sizes = {r["microbatches"]: max(r[key]) for r in section["rows"] if r["schedule"] == schedule}
+            rows.append((f"{what}, `{schedule}`", *(f"{sizes[count] / 1e6:.1f}" for count in counts)))
+    return _table(("MB, of the rank with the most", *(f"m = {count}" for count in counts)), rows)
+
+
+def _parts(section: Document) -> list[str]:
+    rows = [
+        (
+            f"{SPLIT_MODELS[row['model']]}, {row['way']}",
+            *(f"{', '.join(_mb(rank[key]) for rank in row['ranks'])}" for key in ("weights", "moved")),
+            *(f"{100 * row[f'{key}_share']:.1f} %" for key in ("weights", "moved")),
+        )
+        for row in section["rows"]
+    ]
+    heads = ("per rank", "holds, MB", "pushes and pulls, MB", "holds at most, of unsplit", "moves at most, of unsplit")
+    return _table(heads, rows)
+
+
+def _split_steps(section: Document) -> list[str]:
+    rows = [
+        (f"{SPLIT_MODELS[row['model']]}, {row['way']}", f"{1e3 * row['step_s']:.0f} ms", f"{row['ratio']:.2f}")
+        for row in section["rows"]
+    ]
+    reading = (
+        "An unsplit worker has all cores for its matrices; ranks share them, and must talk besides. So this is what "
+        "splitting costs where it is not needed, not what it brings on devices of their own."
+    )
+    return [*_table(("one replica, the same batch", "step", "÷ unsplit"), rows), "", reading]
+
+
+def _differences(section: Document) -> list[str]:
+    ways = list(dict.fromkeys((row["split"], row["replicas"]) for row in section["rows"]))
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for row in section["rows"]:
+        found.setdefault(row["model"], {})[row["split"], row["replicas"]] = row["largest_difference"]
+    rows = [
+        (
+            f"{split.replace(' x ', ' × ')}, {replicas} replica{'' if replicas == 1 else 's'}",
+            *(f"{by_way[split, replicas]:.1e}" for by_way in found.values()),
+        )
+        for split, replicas in ways
+    ]
+    return _table(("largest difference of any weight after 20 steps", *found), rows)
+
+
+def layerwise(document: Document) -> list[str]:
+    """A model of three times the budget beside one that is here as a whole."""
+    names = {"whole, memory": "all of it", "layers": "`fetch=layers`", "layers, least": "`fetch=layers`, the least"}
+    whole = {(r["workers"], r["batch"]): r for r in document["results"] if r["way"] == "whole, memory"}
+    rows = []
+    for row in document["results"]:
+        if row["way"] in names:
+            ratio = row["step_s"] / whole[row["workers"], row["batch"]]["step_s"]
+            sizes = [_mb(row[key]) if row[key] else "" for key in ("budget", "held", "peak", "moved")]
+            words = f"{names[row['way']]}, {row['workers']} × {row['batch']} samples"
+            rows.append((words, *sizes, f"{1e3 * row['step_s']:.0f} ms", f"{ratio:.2f}"))
+    heads = ("", "budget", "held at most", "the process' peak", "moved per step", "step", "÷ all of it")
+    note = f"MB. A model of {_mb(document['settings']['model_bytes'])} MB of weights, SGD, `sync`. {_where(document)}"
+    return [*_table(heads, rows), "", note]
+
+
 TABLES: dict[str, Callable[[Document], list[str]]] = {
     "pushpull": pushpull,
     "training": training,
@@ -199,6 +298,8 @@ TABLES: dict[str, Callable[[Document], list[str]]] = {
     "memory": memory,
     "accuracy": accuracy,
     "recovery": recovery,
+    "model_parallel": model_parallel,
+    "layerwise": layerwise,
 }
 """By the name of the JSON file and of the section in the README or in docs/."""
 PICTURES = {"pushpull": "Times to push and pull", "training": "Samples per second"}
@@ -230,6 +331,10 @@ def sections(text: str) -> list[str]:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     aligned = ["---", *["---:"] * (len(heads) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (heads, aligned, *rows)]
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.1f}"
 
 
 def _where(document: Document) -> str:

@@ -176,5 +176,6 @@ def test_two_stages_of_two_tensor_ranks() -> None:
     run_ranks(_wide, (2, 2))
 
 
+@pytest.mark.long
 def test_stages_of_unequal_width_and_three_stages_with_long_skips() -> None:
     run_ranks(_three, (1, 2))

@@ -134,7 +134,7 @@ def check_cover(ranks: list[list[tuple[str, Part | None]]], model: nn.Module) ->
         assert ends[-1][1] == whole.shape[found[0].dim]
 
 
-@pytest.mark.parametrize("width", [2, 3])
+@pytest.mark.parametrize("width", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_every_model_is_trained_as_if_unsplit(width: int) -> None:
     ranks = run_ranks(every_model, (width,))
     for name, (build, _) in MODELS.items():
@@ -215,6 +215,7 @@ def under_autocast(group: Group) -> tuple[float, float]:
     return first, max(gradients(model, held).values())
 
 
+@pytest.mark.long
 def test_plans_of_the_user() -> None:
     ranks = run_ranks(plans, (2,))
     for rank, found in enumerate(ranks):

