@@ -18,6 +18,8 @@ from downpour.parallel.group import Group
 from downpour_common.errors import ConfigError, ModelError
 from ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 WIDE = torch.linspace(-2, 1, 24).view(6, 4)
 COMMON = torch.linspace(0, 3, 5)
 OWN = [torch.linspace(-1, 1, 3), torch.linspace(1, 4, 7)]

@@ -13,6 +13,8 @@ from downpour.parallel.group import Group, Place
 from downpour_common.errors import MateLost
 from ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 CLOSED = (
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:5540. This is typically caused by a remote worker crashing."
 )

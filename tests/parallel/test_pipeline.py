@@ -20,6 +20,8 @@ from downpour.parallel.tensor import split_tensor
 from pipeline_models import MODELS, Built, memory_of
 from ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 INTERLEAVE = 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
@@ -14,6 +15,8 @@ from downpour.parallel.group import Group
 from downpour.space import FlatSpace, local
 from downpour_common.layout import ModelSpec, Part, TensorSpec, plan
 from ranks import run_ranks
+
+pytestmark = pytest.mark.process
 
 STEPS = 3
 

@@ -22,6 +22,8 @@ from downpour_common.layout import Part
 from ranks import run_ranks
 from tensor_models import MODELS
 
+pytestmark = pytest.mark.process
+
 NEAR = 1e-5
 
 
