@@ -13,7 +13,7 @@ from downpour.parallel.group import Group, Place
 from downpour_common.errors import MateLost
 from ranks import run_ranks
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.long]
 
 CLOSED = (
     "[pair.cc:553] Connection closed by peer [127.0.0.1]:5540. This is typically caused by a remote worker crashing."

@@ -16,7 +16,7 @@ from downpour.space import FlatSpace, local
 from downpour_common.layout import ModelSpec, Part, TensorSpec, plan
 from ranks import run_ranks
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.long]
 
 STEPS = 3
 
