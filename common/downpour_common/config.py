@@ -160,7 +160,10 @@ class Settings(_Description):
         "backward, so that a model may be larger than a worker's memory",
     )
     memory: ByteCount = Field(
-        0, ge=0, description="fetch=layers: bytes of weights and gradients that a worker holds at most; 0: chosen"
+        0,
+        ge=0,
+        description="fetch=layers: bytes of weights and gradients that a worker holds at most; 0: chosen. A pipeline: "
+        "bytes of weights, gradients and activations of a batch that the automatic cut gives a rank at most",
     )
     in_place: bool = Field(True, description="with one worker and shared memory: train on the servers' own weights")
     port: int = Field(0, ge=0, le=65535, description="tcp: the coordinator's port, 0 for a free one")
@@ -306,7 +309,8 @@ def _of_layers(spec: JobSpec) -> list[str]:
     """What is wrong with fetching layer by layer."""
     settings = spec.settings
     if settings.fetch == "whole":
-        return ["settings.memory: belongs to fetch=layers; add --set fetch=layers"] if settings.memory else []
+        alone = settings.memory and spec.pipeline == 1
+        return ["settings.memory: belongs to fetch=layers, or to a pipeline; add --set fetch=layers"] if alone else []
     apart = {
         "n_push and n_fetch": (settings.n_push, settings.n_fetch) != (1, 1),
         "fetch_ahead": settings.fetch_ahead,

@@ -235,3 +235,10 @@ def test_a_failure_names_the_rank() -> None:
     shown = job_status({"failure": document}).failure
     assert shown is not None
     assert shown.who == there.life.failure.who == "worker/3 (replica 1, rank 1)"
+
+
+def test_a_budget_belongs_to_layers_or_to_a_pipeline() -> None:
+    given = {"name": "job", "script": "train.py", "workers": 2, "shards": 1, "settings": {"memory": "64MiB"}}
+    assert job_spec(**given, pipeline=2).settings.memory == 64 << 20
+    with pytest.raises(ConfigError, match="belongs to fetch=layers, or to a pipeline"):
+        job_spec(**given)

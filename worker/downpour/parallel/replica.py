@@ -166,7 +166,11 @@ class Replica:
         if self.leads:
             chosen = None
             if context.replica == 0:
-                chosen = cut(model, example(), count, plan, widths=context.widths).to_json().encode()
+                chosen = (
+                    cut(model, example(), count, plan, widths=context.widths, budget=context.memory or None)
+                    .to_json()
+                    .encode()
+                )
             text = agree(PLAN_KEY, chosen)
         return Cut.from_json(self.group.broadcast_bytes(text).decode())
 
