@@ -174,6 +174,7 @@ def _three(group: Group) -> None:
     _check(narrow, "mlp", "1f1b", 2)
 
 
+@pytest.mark.long
 def test_two_stages_of_two_tensor_ranks() -> None:
     run_ranks(_wide, (2, 2))
 

@@ -18,6 +18,7 @@ def tune(box: Box, *arguments: str) -> Running:
     return box.command(command, box.folder)
 
 
+@pytest.mark.long
 def test_sizes_are_tried_until_one_does_not_fit(box: Box) -> None:
     ended = tune(box, "--json", "tuned.py", "memory").end()
     assert ended.code == 0, ended.text
