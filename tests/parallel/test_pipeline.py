@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from downpour.parallel.group import Group, Place
-from downpour.parallel.held import Held, local
+from downpour.parallel.held import Held
 from downpour.parallel.pipeline import Pipeline
 from downpour.parallel.plan import Plan
 from downpour.parallel.split import Cut, cut, held_of, stage_of
 from downpour.parallel.tensor import split_tensor
+from downpour.space import local
 from pipeline_models import MODELS, Built, memory_of
 from ranks import run_ranks
 

@@ -14,9 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 
 from downpour.parallel.group import Group, Place
-from downpour.parallel.held import Held, local
+from downpour.parallel.held import Held
 from downpour.parallel.plan import Plan
 from downpour.parallel.tensor import split_tensor
+from downpour.space import local
 from downpour_common.errors import ModelError
 from downpour_common.layout import Part
 from ranks import run_ranks

@@ -19,8 +19,9 @@ from downpour.jobs.client import ClusterClient
 from downpour_common.errors import ConfigError
 from downpour_common.messages import CheckpointNow
 from downpour_deploy import running
-from downpour_deploy.checkpoint import checkpoint_app, target
+from downpour_deploy.checkpoint import checkpoint_app
 from downpour_deploy.checkpoint.now import await_commit
+from downpour_deploy.jobs import named
 from downpour_deploy.jobs.tables import job_details
 
 JOB = "digits-3f2a9c"
@@ -59,7 +60,7 @@ def cluster(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     def client(join: str | None, keys: str | None, security: str | None, timeout_s: float) -> ClusterClient:
         return line.client(timeout_s)
 
-    monkeypatch.setattr(target, "ClusterClient", client)
+    monkeypatch.setattr(named, "ClusterClient", client)
     yield line
     assert line.opened == line.closed
 

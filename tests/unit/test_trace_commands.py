@@ -14,7 +14,8 @@ from trace_kit import pipeline
 from typer.testing import CliRunner
 
 from downpour.jobs.client import ClusterClient
-from downpour_deploy.trace import register, target
+from downpour_deploy.jobs import named
+from downpour_deploy.trace import register
 
 JOB = "digits-3f2a9c"
 APP = typer.Typer()
@@ -42,7 +43,7 @@ def cluster(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     def client(join: str | None, keys: str | None, security: str | None, timeout_s: float) -> ClusterClient:
         return line.client(timeout_s)
 
-    monkeypatch.setattr(target, "ClusterClient", client)
+    monkeypatch.setattr(named, "ClusterClient", client)
     yield line
     assert line.opened == line.closed
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad
 
+from downpour.space import local
 from downpour_common.errors import ConfigError, ModelError
 
 
@@ -26,13 +27,6 @@ class Reducer(Protocol):
 
     def reduce(self, values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         """``values`` of all ranks, added up or their ``max``, in place."""
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: of a ``DTensor`` its part, which is its memory, else the tensor itself."""
-    held = getattr(tensor, "_local_tensor", tensor)  # asked so, since importing DTensor takes most of a second
-    assert isinstance(held, torch.Tensor)
-    return held
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
-from downpour.clipping import Reducer, local
+from downpour.clipping import Reducer
+from downpour.space import local
 
 
 @contextlib.contextmanager

@@ -33,12 +33,12 @@ from downpour.parallel.relay import Word
 from downpour.randomness import StepSeeds
 from downpour.space import FlatSpace
 from downpour.spans import span, stepped
-from downpour.staging import staging_for
+from downpour.staging import Staging, staging_for
 from downpour.takeover import Beginning
 from downpour_common import failpoints, sharing
 from downpour_common import messages as m
 from downpour_common.errors import ConfigError, ModelError
-from downpour_common.layout import SharedLayout, plan
+from downpour_common.layout import Layout, SharedLayout, plan
 from downpour_common.messages import Lease, Message
 from downpour_common.transport import ClientTransport
 
@@ -207,30 +207,22 @@ class Session:
         mirrored = c.fetch_ahead and described.device.type == "cpu"
         space = FlatSpace(layout, described.tensors, described.device, None if mirrored else memory, c.rank)
         staging = MirrorStaging(space, memory, rounded) if mirrored else staging_for(space, rounded)
-        self._client = ParameterClient(self._thread, c, layout, welcome.shards, staging)
-        for move in list(self._moves.values()):
-            self._client.moved(move)
+        client = self._meet(layout, welcome, staging)
         common = () if self._replica is None else (self._replica.greatest, self._replica.together)
-        self._exchange = StateExchange(c, space, staging, self._client, lambda: self.of_chief, *common)
-        # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
-        epoch = welcome.position[0] if welcome.position else 0
-        self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), self._client.shard_epochs)
-        if welcome.takes_over:
-            begins = self._exchange.take_over(welcome.restored, self.leave_point)
-        else:
-            begins = self._exchange.start(welcome.restored)
+        self._exchange = StateExchange(c, space, staging, client, lambda: self.of_chief, *common)
+        begins, clock = self._begin(self._exchange, client, welcome)
         if offered is not None:
             # Local steps between two fetches are this worker's own.
             in_place = c.in_place and not c.fetch_ahead and (c.mode != "async" or c.n_fetch == 1)
-            self._client.share(offered, in_place)
+            client.share(offered, in_place)
         if optimizer is not None:
             self._engine = Engine(
                 space,
                 staging,
-                self._client,
+                client,
                 optimizer,
                 (c.n_push, c.n_fetch) if c.mode == "async" else (1, 1),
-                begins.seq if welcome.takes_over else welcome.clock,
+                clock,
                 begins.seq,
                 lambda: self._position,
                 c.on_nan != "fail",
@@ -247,28 +239,34 @@ class Session:
     ) -> Beginning:
         """As :meth:`_connect`, with parameters that come and go layer by layer; see :mod:`downpour.layerwise`."""
         assert self._layerwise is not None
-        from downpour.layerwise.space import LayerStaging
-
-        c = self.context
-        layout = plan(described.spec, c.shards, c.chunk_bytes)
-        space = self._layerwise.space(layout)
-        client = self._client = ParameterClient(self._thread, c, layout, welcome.shards, LayerStaging(space))
-        for move in list(self._moves.values()):
-            client.moved(move)
-        self._exchange = self._layerwise.exchange(space, client, lambda: self.is_chief)
-        epoch = welcome.position[0] if welcome.position else 0
-        self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), client.shard_epochs)
-        if welcome.takes_over:
-            begins = self._exchange.take_over(welcome.restored, self.leave_point)
-        else:
-            begins = self._exchange.start(welcome.restored)
+        layout = plan(described.spec, self.context.shards, self.context.chunk_bytes)
+        space, staging = self._layerwise.space(layout)
+        client = self._meet(layout, welcome, staging)
+        self._exchange = self._layerwise.exchange(space, staging, client, lambda: self.is_chief)
+        begins, clock = self._begin(self._exchange, client, welcome)
         if optimizer is not None:
-            clock = begins.seq if welcome.takes_over else welcome.clock
             self._engine = self._layerwise.engine(
                 space, client, optimizer, clock, begins.seq, lambda: self._position, self._use_batches
             )
             adopt(optimizer, self)
         return begins
+
+    def _meet(self, layout: Layout, welcome: m.Welcome, staging: Staging) -> ParameterClient:
+        """The shards, wherever they are by now."""
+        client = self._client = ParameterClient(self._thread, self.context, layout, welcome.shards, staging)
+        for move in list(self._moves.values()):
+            client.moved(move)
+        return client
+
+    def _begin(self, exchange: StateExchange, client: ParameterClient, welcome: m.Welcome) -> tuple[Beginning, int]:
+        """Bring this worker and the shards to the same weights; returns where it begins, and its first step's clock."""
+        # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
+        epoch = welcome.position[0] if welcome.position else 0
+        self._control.progress(Counters(welcome.clock), welcome.clock, epoch, (0, 0), client.shard_epochs)
+        if welcome.takes_over:
+            begins = exchange.take_over(welcome.restored, self.leave_point)
+            return begins, begins.seq
+        return exchange.start(welcome.restored), welcome.clock
 
     def _seed_apart(self) -> None:
         """Dropout, augmentation and the like differ between workers, and follow from the job's seed."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from downpour import spans
 from downpour.client.core import Ticket
+from downpour.space import local
 from downpour_common.messages import Ack, Request
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Tracer:
         the model, and forward and backward are found by hooks."""
         if holds:
             held = [p for p in model.parameters() if p.device.type != "meta"]
-            self._sizes["weights"] = sum(map(_nbytes, held))
-            self._sizes["gradients"] = sum(_nbytes(p) for p in held if p.requires_grad)
+            self._sizes["weights"] = sum(local(p).nbytes for p in held)
+            self._sizes["gradients"] = sum(local(p).nbytes for p in held if p.requires_grad)
         if not computes:
             return
         _Watch(model.children() if isinstance(model, (nn.ModuleDict, nn.ModuleList)) else [model])
@@ -212,12 +213,6 @@ def place_of(context: WorkerContext) -> dict[str, Any]:
             "interleave": context.interleave,
         }
     return place
-
-
-def _nbytes(parameter: nn.Parameter) -> int:
-    """Of a DTensor: of this rank's part."""
-    held: torch.Tensor = getattr(parameter, "_local_tensor", parameter)
-    return held.nbytes
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import typer
 
 from downpour_common import exitcodes
 from downpour_deploy.jobs.options import TIMEOUT_S, AnswerTimeout, AsJson, Join, Keys, Security
-from downpour_deploy.jobs.report import print_json, reported, say
+from downpour_deploy.jobs.report import keep_what_is_there, print_json, reported, say
 
 checkpoint_app = typer.Typer(
     help="Checkpoints: make one now, list, verify and export them.", no_args_is_help=True, rich_markup_mode=None
@@ -113,9 +113,7 @@ def export(
         from downpour_coordinator.export import export_model
         from downpour_deploy.checkpoint.target import opened, sound_one
 
-        if os.path.lexists(out) and not force:
-            say(f"{out}: is there already; give another name with -o, or --force")
-            raise typer.Exit(exitcodes.IO_ERROR)
+        keep_what_is_there(out, force)
         with (
             opened(run, join, keys, security, answer_timeout) as source,
             sound_one(source, number, os.path.dirname(os.path.abspath(out)), say) as (found, checkpoint),

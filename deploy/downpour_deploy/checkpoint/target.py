@@ -15,6 +15,7 @@ from downpour_coordinator.sources import FolderSource, Source, fetch
 from downpour_coordinator.urls import UrlStore, check_url, is_url
 from downpour_deploy import running
 from downpour_deploy.checkpoint.job import JobSource
+from downpour_deploy.jobs.named import cluster_of
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def opened(name: str, join: str | None, keys: str | None, security: str | None, 
     elif os.path.isdir(name):
         yield FolderSource(name)
     else:
-        with _cluster(name, join, keys, security, timeout_s) as client:
+        with cluster_of(name, join, keys, security, timeout_s) as client:
             yield JobSource(client, name)
 
 
@@ -44,7 +45,7 @@ def asked(
         with ClusterClient(found.address, security="none", timeout_s=timeout_s) as client:
             yield client, found.job
     else:
-        with _cluster(name, join, keys, security, timeout_s) as client:
+        with cluster_of(name, join, keys, security, timeout_s) as client:
             yield client, name
 
 
@@ -83,12 +84,3 @@ def sound_one(
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cluster(name: str, join: str | None, keys: str | None, security: str | None, timeout_s: float) -> ClusterClient:
-    try:
-        return ClusterClient(join, keys, security, timeout_s)
-    except ConfigError as error:
-        if not join and "/" in name:
-            raise ConfigError(f"{name}: no such folder") from None
-        raise ConfigError(f"{name}: no such folder here; for a job of a cluster:", *error.problems) from None

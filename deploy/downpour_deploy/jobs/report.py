@@ -87,6 +87,13 @@ def say(text: str) -> None:
     typer.echo(f"downpour: {shown}", err=True)
 
 
+def keep_what_is_there(path: str, force: bool) -> None:
+    """End the command rather than write over a file, unless ``force`` says so."""
+    if os.path.lexists(path) and not force:
+        say(f"{path}: is there already; give another name with -o, or --force")
+        raise typer.Exit(exitcodes.IO_ERROR)
+
+
 def print_json(document: Any) -> None:
     """One document on stdout. NaN and infinity, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(_finite(document), indent=2 if sys.stdout.isatty() else None, allow_nan=False) + "\n")

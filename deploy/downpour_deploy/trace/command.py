@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from downpour_common import exitcodes
 from downpour_deploy.jobs.options import TIMEOUT_S, AnswerTimeout, AsJson, Join, Keys, Security
-from downpour_deploy.jobs.report import print_json, reported, say
+from downpour_deploy.jobs.report import keep_what_is_there, print_json, reported, say
 
 Where = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or job of a cluster.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
@@ -43,7 +42,7 @@ def trace(
         from downpour_deploy.trace.show import remarks
         from downpour_deploy.trace.target import opened
 
-        _free(out, force)
+        keep_what_is_there(out, force)
         with opened(run, join, keys, security, answer_timeout) as found:
             with open(out, "w", encoding="utf-8") as file:
                 json.dump(document(found), file, allow_nan=False, separators=(",", ":"))
@@ -83,7 +82,7 @@ def report(
         from downpour_deploy.trace.target import opened
 
         if out is not None:
-            _free(out, force)
+            keep_what_is_there(out, force)
         with opened(run, join, keys, security, answer_timeout) as found:
             measured = measure(found)
             part = window(found, first, steps)
@@ -99,9 +98,3 @@ def report(
                 typer.echo("\n".join([*draw(part, wide, coloured=sys.stdout.isatty()), "", *text(measured)]))
                 if out is not None:
                     typer.echo(f"\n{out}: {part.title}")
-
-
-def _free(path: str, force: bool) -> None:
-    if os.path.lexists(path) and not force:
-        say(f"{path}: is there already; give another name with -o, or --force")
-        raise typer.Exit(exitcodes.IO_ERROR)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from downpour.jobs.client import ClusterClient
 from downpour.jobs.download import read
 from downpour.jobs.status import job_status
 from downpour_common.errors import ConfigError
 from downpour_common.spans import FILE
 from downpour_coordinator.urls import is_url
+from downpour_deploy.jobs.named import cluster_of
 from downpour_deploy.trace.read import Trace, parse
 
 
@@ -29,7 +29,7 @@ def opened(name: str, join: str | None, keys: str | None, security: str | None, 
     elif os.path.lexists(name):
         raise ConfigError(f"{name}: is a file; give the run directory that {FILE} lies in")
     else:
-        with _cluster(name, join, keys, security, timeout_s) as client:
+        with cluster_of(name, join, keys, security, timeout_s) as client:
             job = job_status(client.describe(name)).id
             sizes = dict(client.files(job))
             if FILE not in sizes:
@@ -40,12 +40,3 @@ def opened(name: str, join: str | None, keys: str | None, security: str | None, 
 
 def _untraced(place: str) -> str:
     return f"{place}: has no {FILE}; a job is traced if it is started with --trace (downpour run, downpour submit)"
-
-
-def _cluster(name: str, join: str | None, keys: str | None, security: str | None, timeout_s: float) -> ClusterClient:
-    try:
-        return ClusterClient(join, keys, security, timeout_s)
-    except ConfigError as error:
-        if not join and "/" in name:
-            raise ConfigError(f"{name}: no such folder") from None
-        raise ConfigError(f"{name}: no such folder here; for a job of a cluster:", *error.problems) from None

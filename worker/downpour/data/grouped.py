@@ -24,15 +24,17 @@ class GroupHost(Host, Protocol):
         """All ranks have the batch, and draw the same from now on."""
 
 
-class LeadLoader(PreparedLoader):
-    """The lead's: what it yields goes to the other ranks first."""
-
+class _RelayedLoader(PreparedLoader):
     def __init__(
         self, original: DataLoader[Any], index: int, host: GroupHost, start: tuple[int, int], relay: Relay
     ) -> None:
         self._group_host = host
         self._relay = relay
         super().__init__(original, index, host, start)
+
+
+class LeadLoader(_RelayedLoader):
+    """The lead's: what it yields goes to the other ranks first."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -51,15 +53,8 @@ class LeadLoader(PreparedLoader):
         self._group_host.told(word)
 
 
-class FollowingLoader(PreparedLoader):
+class FollowingLoader(_RelayedLoader):
     """Another rank's: it never looks at the dataset."""
-
-    def __init__(
-        self, original: DataLoader[Any], index: int, host: GroupHost, start: tuple[int, int], relay: Relay
-    ) -> None:
-        self._group_host = host
-        self._relay = relay
-        super().__init__(original, index, host, start)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         host, epoch, batches = self._group_host, self._epoch, 0

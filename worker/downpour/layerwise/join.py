@@ -47,14 +47,16 @@ class Layerwise:
         self.read: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
         """the contents of one of the model's tensors, fetched if need be"""
 
-    def space(self, layout: Layout) -> LayerSpace:
-        """The worker's part of the parameter space; its :class:`LayerStaging` is the client's memory."""
+    def space(self, layout: Layout) -> tuple[LayerSpace, LayerStaging]:
+        """The worker's part of the parameter space, and the client's memory for it."""
         rounded = self._context.push_dtype == "bfloat16"
-        return LayerSpace(layout, self.described.tensors, self.layers, rounded)
+        space = LayerSpace(layout, self.described.tensors, self.layers, rounded)
+        return space, LayerStaging(space)
 
-    def exchange(self, space: LayerSpace, client: ParameterClient, is_chief: Callable[[], bool]) -> LayerExchange:
+    def exchange(
+        self, space: LayerSpace, staging: LayerStaging, client: ParameterClient, is_chief: Callable[[], bool]
+    ) -> LayerExchange:
         """How it begins."""
-        staging = LayerStaging(space)
         return LayerExchange(
             self._context, space, staging, client, is_chief, self._model, self._unmade, self.layers, self.ledger
         )

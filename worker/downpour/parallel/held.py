@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from downpour_common import wire
 from downpour_common.errors import ModelError
@@ -48,11 +47,6 @@ class Space:
 
     spec: ModelSpec
     shared: tuple[Shared, ...]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of this rank behind a tensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def encode(held: Iterable[Held]) -> bytes:

@@ -24,13 +24,14 @@ from downpour.control import Control
 from downpour.model import Described
 from downpour.parallel import held as holding
 from downpour.parallel.group import Group
-from downpour.parallel.held import Held, Shared, local
+from downpour.parallel.held import Held, Shared
 from downpour.parallel.pipeline import Pipeline
 from downpour.parallel.plan import Plan
 from downpour.parallel.relay import Relay
 from downpour.parallel.split import Cut, cut, held_of, stage_of
 from downpour.parallel.tensor import split_tensor
 from downpour.scaler import agreeing
+from downpour.space import local
 from downpour.spans import span
 from downpour.takeover import Beginning
 from downpour_common import wire

@@ -21,12 +21,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from downpour.parallel.branches import Branches, Placed, balanced
 from downpour.parallel.group import Group
-from downpour.parallel.held import Held, local
+from downpour.parallel.held import Held
 from downpour.parallel.plan import Plan
 from downpour.parallel.styles import Channels, Columns, Rows, kept, sizes
 from downpour.parallel.styles_attention import Heads
 from downpour.parallel.tensor_auto import bytes_of, choose
 from downpour.parallel.tensor_graph import Choice
+from downpour.space import local
 from downpour_common.errors import ModelError
 from downpour_common.layout import Part
 
