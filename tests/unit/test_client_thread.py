@@ -197,6 +197,23 @@ def test_a_failure_in_the_loop_fails_what_waits_whoever_has_the_turn(network: Me
     server.close()
 
 
+def test_what_is_submitted_while_the_client_closes_fails_instead_of_waiting_for_ever(network: MemoryNetwork) -> None:
+    ticket = Ticket(1)
+
+    class Closing(MemoryClient):
+        def close(self) -> None:
+            late = threading.Thread(target=lambda: thread.submit([pull(thread, ticket)]))
+            late.start()
+            late.join()
+            super().close()
+
+    thread = ClientThread(Closing(network, b"client"), CHUNK_BYTES, _ignore)
+    thread.close()
+    assert ticket.settled()
+    with pytest.raises(PeerError, match="closed"):
+        ticket.wait()
+
+
 def test_interrupting_a_wait_leaves_the_operation_under_way_and_the_client_usable(network: MemoryNetwork) -> None:
     server = Echo(network, hold=True)
     thread = ClientThread(Watched(network, signal.SIGINT), 100, _ignore)

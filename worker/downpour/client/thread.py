@@ -253,10 +253,13 @@ class ClientThread:
             finally:
                 self._release_turn()
             self._park()
-        with self._turn:
+        self._turn.acquire()
+        try:
             self._try_to_send()
             self._fail(PeerError("worker", "the connection to the servers is closed"))
             self._transport.close()
+        finally:
+            self._give_turn()  # what another thread has put into the inbox meanwhile must fail, too
 
     def _park(self) -> None:
         """Stay away from the turn until it is of use."""
