@@ -33,11 +33,12 @@ from downpour_coordinator.processes import Failure, Key, Process, explain
 from downpour_coordinator.recovery import LONG_S, STUCK_S, Signs, troubles, whole_backoff_s
 from downpour_coordinator.roster import DRAIN_S, Roster
 from downpour_coordinator.snapshots import CommitSnapshot
+from downpour_coordinator.spares import silent_spares
 from downpour_coordinator.standby import Standby
 from downpour_coordinator.training import Training
 
-KEEP_S = 10.0
-"""Time that an interrupted job is given for its last checkpoint."""
+KEEP_S = 5.0
+"""Time that an interrupted job is given for its last checkpoint: with ``grace_s`` it has ended in 10 s."""
 SAVES = 3
 """Attempts to write the last checkpoint, which holds the result."""
 CLOSE_S = 5.0
@@ -727,6 +728,11 @@ class Lifecycle:
             if not any(p.state != "ended" for p in self.roster.workers()):
                 self._fail(Failure("run", -1, exitcodes.FAILED, "no worker is left", reason="BELOW_MIN"), now_s)
                 return
+        for process in silent_spares(self.training, self.roster, self._signs, now_s):
+            words = "has not been heard of, and all others have ended: the job ends without it"
+            self.warnings.append(f"{process.title} {words} (mode {self.spec.mode})")
+            self._let_go(process, replace=False)
+            self.roster.stop(self.roster.mates(process), settings.grace_s)
         for process in self.roster.workers():
             late = now_s - process.since_s > settings.start_timeout_s
             if process.leaving and process.stop is None and process.index in joined and process.running:

@@ -115,7 +115,7 @@ def test_a_unit_knows_the_exit_codes_that_are_final(unit: Unit) -> None:
 
 def test_a_unit_gives_processes_time_to_end(unit: Unit) -> None:
     assert unit.one("KillMode") == "mixed"
-    grace_s = 30.0
+    grace_s = 8.0
     if unit.path.stem != "downpour-coordinator":
         found = re.search(r"--grace\b.*?default: (\d+(\.\d+)?)", help_of(*unit_command(unit)), re.DOTALL)
         assert found, help_of(*unit_command(unit))

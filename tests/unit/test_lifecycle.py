@@ -250,7 +250,7 @@ def test_shards_that_do_not_answer_at_the_end() -> None:
     assert _fails(world).reason == "RESULT_NOT_WRITTEN"
 
 
-@pytest.mark.parametrize(("interrupted", "limit_s", "fewest"), [(False, 30.0, 10), (True, KEEP_S, 4)])
+@pytest.mark.parametrize(("interrupted", "limit_s", "fewest"), [(False, 30.0, 10), (True, KEEP_S, 2)])
 def test_a_few_lost_messages_do_not_lose_the_last_checkpoint(interrupted: bool, limit_s: float, fewest: int) -> None:
     """What it may take is short, and any request or answer may be lost: there are many attempts in that time."""
     world = World().start()
@@ -260,7 +260,7 @@ def test_a_few_lost_messages_do_not_lose_the_last_checkpoint(interrupted: bool, 
     else:
         world.leave(0)
         world.leave(1)
-    world.wait(limit_s - 3.0, 0.25)
+    world.wait(limit_s - (1.5 if interrupted else 3.0), 0.25)
     asked = told(world, "server", 0, m.TakeSnapshot)
     assert len(set(map(str, asked))) == 1, "one attempt, under one number"
     assert len(asked) >= fewest

@@ -63,7 +63,7 @@ def server_start(
         str, typer.Option("--bind", metavar="IP", help="Interface that shards listen on. [default: the advertised]")
     ] = "",
     data_dir: DataDir = "",
-    grace: Grace = 30.0,
+    grace: Grace = 8.0,
     orphan_timeout: Orphan = 900.0,
     start_timeout: StartTimeout = 0.0,
     json_: Json = False,
@@ -108,7 +108,7 @@ def worker_start(
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto | cpu | cuda.")] = "auto",
     data_dir: DataDir = "",
-    grace: Grace = 30.0,
+    grace: Grace = 8.0,
     orphan_timeout: Orphan = 900.0,
     start_timeout: StartTimeout = 0.0,
     json_: Json = False,
