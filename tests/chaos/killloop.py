@@ -328,8 +328,20 @@ def try_one(seed: int, kind: str, base: Path, tally: Tally, references: Referenc
 
 
 def loop(options: argparse.Namespace, base: Path, tally: Tally) -> None:
-    """Schedules until time or count is up, by several threads; kinds take turns."""
+    """Schedules until time or count is up, by several threads; kinds take turns.
+
+    The first SIGTERM or Ctrl-C lets those under way come to their end, so that their processes do; the second ends it.
+    """
     end_s = time.monotonic() + options.minutes * 60.0
+    stopping = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        stopping.set()
+        signal.signal(number, signal.SIG_DFL)
+        print("no more schedules; those under way come to their end", flush=True)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     references = References(base)
     lock = threading.Lock()
     upcoming = iter(range(options.seed, options.seed + options.count))
@@ -337,7 +349,7 @@ def loop(options: argparse.Namespace, base: Path, tally: Tally) -> None:
     def work(thread: int) -> None:
         cluster = ClusterOfThread(base)
         try:
-            while time.monotonic() < end_s:
+            while time.monotonic() < end_s and not stopping.is_set():
                 with lock:
                     number = next(upcoming, None)
                 if number is None or (options.failures and len(tally.failed) >= options.failures):
