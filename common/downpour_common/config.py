@@ -22,10 +22,15 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from downpour_common.compensation import parse_compensation
+from downpour_common.compression import Compression, parse_compression
 from downpour_common.errors import ConfigError
 from downpour_common.modes import Mode, parse_mode
+from downpour_common.modifiers import problems_of
+from downpour_common.optimizers import parse_user_rule
 from downpour_common.replicas import Schedule, multiple_of_ranks
 from downpour_common.sizes import parse_bytes
+from downpour_common.targets import parse_target
 
 # ---------------------------------------------------------------- kinds of values
 
@@ -192,7 +197,28 @@ class Settings(_Description):
     activation_checkpointing: bool = Field(
         False, description="repeated blocks of the model keep only their input, and compute again for backward"
     )
+    compensation: str = Field(
+        "off",
+        description="asynchronous modes: what is done about staleness: stale-lr, dc:0.04, dc-adaptive:2, gap; see docs",
+    )
+    warm_start: int = Field(
+        0, ge=0, description="asynchronous modes: steps that worker 0 takes alone before the others begin"
+    )
+    clip: float = Field(
+        0.0, ge=0, description="largest norm of a worker's gradient, which is scaled down to it; 0: any"
+    )
+    inject_staleness: int = Field(
+        0, ge=0, le=1024, description="for experiments: steps that each gradient is held back before it is pushed"
+    )
     grace_s: float = Field(5.0, ge=0, description="time between SIGTERM and SIGKILL for a script that is stopped")
+
+    @field_validator("compensation")
+    @classmethod
+    def _known_compensation(cls, text: str) -> str:
+        try:
+            return str(parse_compensation(text))
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("compensation: ")) from None
 
     @field_validator("chunk_bytes")
     @classmethod
@@ -221,6 +247,9 @@ class JobSpec(_Description):
     microbatches: int = Field(0, ge=0, le=65536, description="parts of a batch; 0: twice the stages, 1 without any")
     interleave: int = Field(2, ge=2, le=64, description="schedule interleaved: stages of each rank")
     mode: str = "async"
+    rule: str = Field("", description="update rule of the job's own, module:Class; empty: the optimizer's")
+    compress: str = Field("", description="codecs of what travels, push=CODEC,pull=CODEC; empty: none")
+    target: str = Field("", description="a logged value to reach: loss=0.1 at most, accuracy=+0.9 at least")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0, le=4096, description="OMP_NUM_THREADS of each process; 0: chosen on its host")
     shard_memory: ByteCount = Field(256 << 20, ge=1, lt=1 << 63, description="bytes that a shard needs, for placement")
@@ -244,6 +273,35 @@ class JobSpec(_Description):
             return str(parse_mode(text))
         except ConfigError as error:
             raise ValueError(str(error).removeprefix("mode: ")) from None
+
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, text: str) -> str:
+        try:
+            return str(parse_user_rule(text)) if text else text
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("rule: ")) from None
+
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, text: str) -> str:
+        try:
+            return str(parse_target(text)) if text else text
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("target: ")) from None
+
+    @field_validator("compress")
+    @classmethod
+    def _known_codecs(cls, text: str) -> str:
+        try:
+            return str(parse_compression(text))
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("compress: ")) from None
+
+    @property
+    def compression(self) -> Compression:
+        """``compress``, parsed."""
+        return parse_compression(self.compress)
 
     @property
     def parsed_mode(self) -> Mode:
@@ -291,15 +349,23 @@ def job_spec(**fields: Any) -> JobSpec:
         raise ConfigError(*describe(error)) from None
     settings, problems = spec.settings, []
     problems += _of_layers(spec)
-    if settings.fetch_ahead and (spec.parsed_mode.name, settings.n_push, settings.n_fetch) != ("async", 1, 1):
+    problems += problems_of(spec)
+    if spec.rule and (spec.parsed_mode.local or spec.parsed_mode.name == "lbfgs"):
+        problems.append(f"rule: in mode {spec.mode} the servers run the mode's own; the script's optimizer may be any")
+    if settings.fetch_ahead and (spec.mode, settings.n_push, settings.n_fetch) != ("async", 1, 1):
         problems.append("settings: fetch_ahead belongs to mode async with n_push=1 and n_fetch=1")
-    if spec.parsed_mode.name != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
-        problems.append(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges every step")
+    if spec.mode != "async" and (settings.n_push, settings.n_fetch) != (1, 1):
+        when = "when it says itself" if spec.parsed_mode.local else "every step"
+        problems.append(f"settings: n_push and n_fetch belong to mode async; mode {spec.mode} exchanges {when}")
     if settings.port and settings.transport != "tcp":
         problems.append("settings.port: only for transport=tcp; add --set transport=tcp")
     if spec.fewest_workers > spec.workers:
         problems.append(f"min_workers: at most workers, which is {spec.workers} (found {spec.min_workers})")
     problems += _of_replicas(spec)
+    problems += _of_codecs(spec)
+    problems += _of_rounds(spec)
+    problems += _of_local_steps(spec)
+    problems += _of_lbfgs(spec)
     if problems:
         raise ConfigError(*problems)
     return spec
@@ -318,6 +384,67 @@ def _of_layers(spec: JobSpec) -> list[str]:
         "tensor and pipeline": spec.ranks > 1,
     }
     return [f"settings.fetch: layers goes without {what}; leave one out" for what, given in apart.items() if given]
+
+
+def _of_rounds(spec: JobSpec) -> list[str]:
+    """What is wrong with rounds that do without the slowest."""
+    problems = []
+    for mode in (spec.parsed_mode, *dict(spec.parsed_mode.groups).values()):
+        if mode.backup and mode.backup >= spec.replicas:
+            problems.append(
+                f"mode: of {spec.replicas} replica(s), {mode} would leave nobody in a round; "
+                f"backup must be below the number of replicas"
+            )
+    return problems
+
+
+def _of_local_steps(spec: JobSpec) -> list[str]:
+    """What is wrong with local steps between exchanges of weights."""
+    mode, settings = spec.parsed_mode, spec.settings
+    if not mode.local:
+        return []
+    problems = []
+    if settings.fetch == "layers":
+        problems.append(f"settings.fetch: layers keeps no weights between steps, which mode {mode} trains on")
+    if settings.inject_staleness:
+        problems.append(f"settings.inject_staleness: mode {mode} pushes no gradients that could be held back")
+    if mode.name == "easgd" and spec.ranks > 1:
+        problems.append(f"mode: {mode} is for replicas of one worker each; with --tensor and --pipeline use average")
+    if mode.name == "diloco" and mode.option("fragments") > mode.every:
+        problems.append(f"mode: fragments are exchanged at different steps, so at most {mode.every} (found {mode})")
+    return problems
+
+
+def _of_codecs(spec: JobSpec) -> list[str]:
+    """What is wrong with codecs of what travels."""
+    compression, settings = spec.compression, spec.settings
+    if not compression:
+        return []
+    problems = []
+    if compression.push is not None and settings.push_dtype != "same":
+        problems.append(
+            f"compress: push={compression.push} and push_dtype={settings.push_dtype} both say how gradients travel; "
+            "leave one out"
+        )
+    if settings.fetch == "layers":
+        problems.append("compress: goes without fetch=layers, which keeps nothing between steps; leave one out")
+    return problems
+
+
+def _of_lbfgs(spec: JobSpec) -> list[str]:
+    """What is wrong with L-BFGS over all data."""
+    if spec.parsed_mode.name != "lbfgs":
+        return []
+    settings = spec.settings
+    apart = {
+        "tensor and pipeline": spec.ranks > 1,
+        "replication, because the vectors of L-BFGS have no backup": spec.replication > 1,
+        "compress": bool(spec.compress),
+        "push_dtype": settings.push_dtype != "same",
+        "fetch=layers": settings.fetch == "layers",
+        "autocast, whose rounding hides what a line search looks for": settings.autocast != "off",
+    }
+    return [f"mode: lbfgs goes without {what}; leave one out" for what, given in apart.items() if given]
 
 
 def _of_replicas(spec: JobSpec) -> list[str]:

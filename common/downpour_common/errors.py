@@ -12,6 +12,7 @@
     │   ├── PeerRefused        … and said why
     │   └── MateLost           another rank of the same replica has ended, or does not answer
     ├── NonFiniteContribution  a gradient holds NaN or Inf
+    ├── RuleError              an update rule of the job's own cannot be used, or has failed
     ├── CheckpointError        a checkpoint cannot be written, read or used (exit code 74)
     ├── BundleError            a script's folder cannot travel, or what came is not what was sent
     └── JobFailed              a process of the job failed
@@ -93,6 +94,14 @@ class MateLost(PeerError):
 
 class NonFiniteContribution(DownpourError):
     """A gradient held NaN or Inf and was not applied."""
+
+
+class RuleError(DownpourError):
+    """An update rule of the job's own, ``module:Class``, cannot be used or has failed; the cause is its own error."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        self.rule = rule
+        super().__init__(f"update rule {rule}: {message}")
 
 
 class CheckpointError(DownpourError):

@@ -6,23 +6,29 @@ model's own order (what backward finishes first comes first). The segments of ea
 are cut into ``shards`` ranges of equal bytes; big tensors are split, so balance holds by construction. Ranges are cut
 into chunks, the unit of transfer, application and versioning; a chunk never spans two segments.
 
+Where the update rule looks at whole tensors (``ModelSpec.whole``), each trainable tensor is one chunk instead, and the
+shards are given tensors so that each has about as many bytes.
+
 A *cell* is what some worker moves apart from the rest: the parts of one rank of a replica, or a layer. There is one,
 unless the specification says otherwise.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
 from downpour_common.dtypes import itemsize
+from downpour_common.errors import ModelError
 from downpour_common.model import KINDS, Kind, ModelSpec, TensorSpec
 from downpour_common.parts import Part
 
 __all__ = [
     "KINDS",
+    "LARGEST_CHUNK_BYTES",
     "NONCE_BYTES",
     "SHARED_ALIGN",
     "Chunk",
@@ -37,6 +43,10 @@ __all__ = [
     "TensorSpec",
     "plan",
 ]
+
+
+LARGEST_CHUNK_BYTES = 64 << 20
+"""What one message can carry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Elements ``start:stop`` of segment ``segment``, held by shard ``shard``; ``index`` is unique in the job."""
+    """Elements ``start:stop`` of segment ``segment``, held by shard ``shard``; ``index`` is unique in the job.
+
+    ``shape``: of the tensor that it is, where tensors are kept whole; else None.
+    """
 
     index: int
     shard: int
@@ -78,6 +91,7 @@ class Chunk:
     start: int
     stop: int
     cell: int = 0
+    shape: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -219,18 +233,50 @@ def plan(model: ModelSpec, shards: int, chunk_bytes: int) -> Layout:
     """Lay ``model`` out over ``shards`` shards in chunks of at most ``chunk_bytes`` bytes.
 
     No chunk belongs to two cells, and each cell is cut over all shards, so that every rank of a replica, which moves
-    whole cells, has all shards to move them to.
+    whole cells, has all shards to move them to. Tensors that are kept whole may be larger than ``chunk_bytes``; raises
+    :class:`ModelError` for one that no message can carry.
     """
     if shards < 1 or chunk_bytes < 1:
         raise ValueError("shards and chunk_bytes must be positive")
     segments = _segments(model.tensors)
     chunks: list[Chunk] = []
-    for _, together in groupby(segments, key=lambda s: (s.kind, s.cell)):
+    homes = _homes(model, shards) if model.whole else {}
+    for (kind, cell), together in groupby(segments, key=lambda s: (s.kind, s.cell)):
+        if model.whole and kind == "trainable":
+            for segment, piece in ((s, p) for s in together for p in s.pieces):
+                where = (segment.index, kind, segment.dtype, segment.group, piece.start, piece.stop, cell)
+                shape = model.tensors[piece.tensor].shape
+                chunks.append(Chunk(len(chunks), homes[piece.tensor], *where, shape))
+            continue
         for segment, shard, start, stop in _cut(list(together), shards):
             for low, high in _split(start, stop, max(1, chunk_bytes // itemsize(segment.dtype))):
-                number, kind, dtype, group = len(chunks), segment.kind, segment.dtype, segment.group
-                chunks.append(Chunk(number, shard, segment.index, kind, dtype, group, low, high, segment.cell))
+                number, dtype, group = len(chunks), segment.dtype, segment.group
+                chunks.append(Chunk(number, shard, segment.index, kind, dtype, group, low, high, cell))
     return Layout(model, shards, chunk_bytes, segments, tuple(chunks), model.digest)
+
+
+def _homes(model: ModelSpec, shards: int) -> dict[int, int]:
+    """The shard of each trainable tensor, by index in the model. Within a cell, the largest goes first, each to the
+    shard with the fewest bytes of the cell, then of all."""
+    cells: defaultdict[int, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(model.tensors):
+        if tensor.kind == "trainable" and tensor.numel:
+            cells[tensor.cell].append(index)
+            if tensor.nbytes > LARGEST_CHUNK_BYTES:
+                raise ModelError(
+                    f"{tensor.name} has {tensor.nbytes} bytes, and the update rule {model.rule} needs tensors whole, "
+                    f"of which none may have more than {LARGEST_CHUNK_BYTES}; use a rule that acts element by element "
+                    "(AdamW, Lion), or split the layer"
+                )
+    homes: dict[int, int] = {}
+    load = [0] * shards
+    for cell in sorted(cells):
+        own = [0] * shards
+        for index in sorted(cells[cell], key=lambda i: (-model.tensors[i].nbytes, i)):
+            home = homes[index] = min(range(shards), key=lambda s: (own[s], load[s], s))
+            own[home] += model.tensors[index].nbytes
+            load[home] += model.tensors[index].nbytes
+    return homes
 
 
 def _segments(tensors: tuple[TensorSpec, ...]) -> tuple[Segment, ...]:

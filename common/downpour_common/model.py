@@ -82,6 +82,7 @@ class ModelSpec:
 
     ``rule`` is the update rule's registry name, ``options`` holds for each parameter group the options that the
     rule is made with (plain numbers, booleans and lists). ``ranks``: workers that are one replica of the model.
+    ``whole``: the rule looks at whole tensors, so no trainable one is cut.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -89,16 +90,21 @@ class ModelSpec:
     options: tuple[Mapping[str, Any], ...]
     buffers: str
     ranks: int = 1
+    whole: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         """A document of plain values for msgpack and JSON."""
-        document = {
+        document: dict[str, Any] = {
             "tensors": [t.to_wire() for t in self.tensors],
             "rule": self.rule,
             "options": [dict(o) for o in self.options],
             "buffers": self.buffers,
         }
-        return document if self.ranks == 1 else {**document, "ranks": self.ranks}
+        if self.ranks != 1:
+            document["ranks"] = self.ranks
+        if self.whole:
+            document["whole"] = True
+        return document
 
     @classmethod
     def from_wire(cls, document: Mapping[str, Any]) -> ModelSpec:
@@ -109,6 +115,9 @@ class ModelSpec:
             rule, buffers, ranks = document["rule"], document["buffers"], document.get("ranks", 1)
             if type(ranks) is not int or ranks < 1:
                 raise ValueError(f"{ranks!r} ranks")
+            whole = document.get("whole", False)
+            if type(whole) is not bool:
+                raise ValueError(f"whole is {whole!r}")
             _check_names(tensors, ranks)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"malformed model specification: {error!r}") from None
@@ -116,7 +125,7 @@ class ModelSpec:
             raise ProtocolError("malformed model specification: rule and buffers must be strings")
         if any(t.group >= len(options) for t in tensors):
             raise ProtocolError("malformed model specification: a tensor names a parameter group that is not there")
-        return cls(tensors, rule, options, buffers, ranks)
+        return cls(tensors, rule, options, buffers, ranks, whole)
 
     @cached_property
     def parts(self) -> dict[str, tuple[TensorSpec, ...]]:
@@ -133,6 +142,8 @@ class ModelSpec:
         fixed = {"tensors": document["tensors"], "rule": self.rule, "buffers": self.buffers}
         if self.ranks != 1:
             fixed["ranks"] = self.ranks
+        if self.whole:
+            fixed["whole"] = True
         return hashlib.sha256(json.dumps(fixed, separators=(",", ":")).encode()).hexdigest()[:32]
 
     def first_difference(self, other: ModelSpec) -> str | None:
@@ -150,6 +161,8 @@ class ModelSpec:
             return f"expected optimizer {self.rule}, found {other.rule}"
         if self.buffers != other.buffers:
             return f"expected buffers={self.buffers!r}, found {other.buffers!r}"
+        if self.whole != other.whole:
+            return f"expected a rule with whole_tensors={self.whole}, found {other.whole}"
         if len(self.options) != len(other.options):
             return f"expected {len(self.options)} parameter groups, found {len(other.options)}"
         return None

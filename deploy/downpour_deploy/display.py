@@ -15,7 +15,10 @@ from rich.text import Text
 from downpour_common.replicas import counted, is_lead
 from downpour_common.sizes import format_bytes
 from downpour_coordinator.lifecycle import Lifecycle, Phase
-from downpour_coordinator.outcome import Outcome, quantiles
+from downpour_coordinator.losses import late_in_words
+from downpour_coordinator.measures import quantiles
+from downpour_coordinator.outcome import Outcome
+from downpour_deploy.figures import measure_rows
 from downpour_deploy.resolve import ResolvedJob
 
 STATUS_S = 10.0
@@ -150,9 +153,12 @@ def _table(outcome: Outcome) -> Table:
         table.add_row("restarts", str(outcome.restarts))
     if outcome.lost_pushes:
         table.add_row("lost", f"{outcome.lost_pushes:,} of the pushes, with shards that died")
-    if outcome.staleness:
-        stale = outcome.staleness
-        table.add_row("staleness", f"median {stale['p50']}, 99 % {stale['p99']}, largest {stale['max']} updates")
+    if outcome.uncompensated:
+        table.add_row("compensation", f"{outcome.uncompensated:,} contributions to chunks were applied without it")
+    if outcome.late:
+        table.add_row("late", late_in_words(outcome.late))
+    for name, text in measure_rows(outcome.document(), by_worker=outcome.ranks == 1 < outcome.replicas):
+        table.add_row(name, text)
     table.add_row(
         "time",
         f"{outcome.wall_s:.1f} s" + (f", first step after {outcome.start_s:.1f} s" if outcome.start_s else ""),

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from downpour.context import WorkerContext
+from downpour_common.compensation import SPARE_BASES
 from downpour_common.config import JobSpec
+from downpour_common.measures import unmeasured
 from downpour_coordinator.facts import JobFacts, facts_for
 from downpour_deploy.resolve import ResolvedJob
 from downpour_server.config import ShardConfig
@@ -38,6 +40,8 @@ class Place:
     """of the process, where the job leaves it open; see :mod:`downpour_deploy.threads`"""
     folder: str = ""
     """the job's folder on that host"""
+    code: str = ""
+    """where the script's path begins there; empty: here"""
     follows: bool = False
     """with replication: a shard's process that is started as a backup"""
     term: int = -1
@@ -92,6 +96,11 @@ def worker_process(spec: JobSpec, job_id: str, coordinator: str, slot: int, plac
         schedule=spec.schedule,
         microbatches=spec.microbatches,
         interleave=spec.interleave,
+        rule=spec.rule,
+        compress=spec.compress,
+        warm_start=settings.warm_start,
+        clip=settings.clip,
+        inject_staleness=settings.inject_staleness,
     )
     environment = {**_environment(spec, place), **context.to_environment()}
     if spec.ranks > 1:
@@ -124,6 +133,13 @@ def shard_process(
         push_dtype=spec.settings.push_dtype,
         keep_previous=spec.parsed_mode.synchronous and spec.restarts > 0,
         skip_non_finite=spec.settings.on_nan != "fail",
+        rule=spec.rule,
+        script_folder=os.path.abspath(os.path.join(place.code, os.path.dirname(spec.script))) if spec.rule else "",
+        compress=spec.compress,
+        compensation=spec.settings.compensation,
+        bases=SPARE_BASES + spec.settings.inject_staleness,
+        warm_start=spec.settings.warm_start,
+        measure_noise=not unmeasured(spec),
         keys=place.keys,
     )
     return [sys.executable, "-u", "-m", "downpour_server"], {**_environment(spec, place), **config.to_environment()}

@@ -94,7 +94,7 @@ class LocalJob:
             self._spawn(process)
 
     def _spawn(self, process: Process) -> None:
-        spec, address, index = self._spec, self._transport.address, process.index
+        spec, address, index = self._job.spec, self._transport.address, process.index  # which may have changed
         threads = self._threads.workers if process.role == "worker" else self._threads.shards
         workers, environment = self._job.training.facts.workers, self._environment
         place = launch.Place(epoch=process.epoch, workers=workers, threads=threads, environment=environment)

@@ -9,6 +9,7 @@ import typer
 
 from downpour_common import exitcodes
 from downpour_common.errors import ConfigError, DownpourError
+from downpour_deploy.mode_options import MODE_HELP, Compress, GroupMode, Rule, Target
 from downpour_deploy.replica_options import Interleave, Microbatches, Pipeline, ScheduleOption, Tensor
 
 app = typer.Typer(
@@ -23,8 +24,10 @@ app = typer.Typer(
 
 def _add_commands() -> None:
     """Commands of a cluster. What they need is imported when they run."""
+    from downpour_deploy.advise import register as add_advise
     from downpour_deploy.agent.command import server_app, worker_app
     from downpour_deploy.bench import register as add_bench
+    from downpour_deploy.change import register as add_change
     from downpour_deploy.checkpoint import checkpoint_app
     from downpour_deploy.coordinator_command import coordinator_app
     from downpour_deploy.doctor import register as add_doctor
@@ -34,10 +37,12 @@ def _add_commands() -> None:
     from downpour_deploy.tune import register as add_tune
 
     register(app)
+    add_change(app)
     add_doctor(app)
     add_bench(app)
     add_tune(app)
     add_trace(app)
+    add_advise(app)
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(server_app, name="server")
     app.add_typer(worker_app, name="worker")
@@ -56,7 +61,11 @@ def run(
     args: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
     workers: Annotated[str, typer.Option("-w", "--workers", help="Workers: a number, or auto: one per core.")] = "auto",
     shards: Annotated[int, typer.Option("-s", "--shards", help="Parameter-server shards.")] = 1,
-    mode: Annotated[str, typer.Option("--mode", help="async | ssp:S (S clocks of slack) | sync.")] = "async",
+    mode: Annotated[str, typer.Option("--mode", help=MODE_HELP)] = "async",
+    group_mode: GroupMode = None,
+    rule: Rule = None,
+    compress: Compress = None,
+    target: Target = None,
     device: Annotated[str, typer.Option("--device", help="What downpour.device() gives: auto | cpu | cuda.")] = "auto",
     threads: Annotated[str, typer.Option("--threads", help="OMP_NUM_THREADS of each process, or auto.")] = "auto",
     seed: Annotated[
@@ -109,6 +118,7 @@ def run(
     Exit code: 0 success, the failed script's own, 2 usage, 74 results not written, 130 interrupted.
     With --json, errors of usage leave stdout empty.
     """
+    from downpour_common.modes import with_groups
     from downpour_deploy.resolve import Wishes, resolve
     from downpour_deploy.run import run_job
 
@@ -118,7 +128,7 @@ def run(
             args=tuple(args or ()),
             workers=workers,
             shards=shards,
-            mode=mode,
+            mode=with_groups(mode, group_mode or ()),
             device=device,
             threads=threads,
             seed=seed,
@@ -136,6 +146,9 @@ def run(
             microbatches=microbatches,
             interleave=interleave,
             trace=trace,
+            rule=rule,
+            compress=compress,
+            target=target,
         )
         code = run_job(resolve(wishes), json_output=json_, quiet=quiet)
     except ConfigError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from downpour_common.config import JobSpec, job_spec, parse_settings
 from downpour_common.errors import CheckpointError, ConfigError
+from downpour_common.optimizers import missing_rule
 from downpour_common.replicas import multiple_of_ranks, ranks_given
 from downpour_coordinator import checkpoints
 from downpour_coordinator.checkpoints import Checkpoint
@@ -45,6 +46,9 @@ class Wishes:
     microbatches: int | None = None
     interleave: int | None = None
     trace: bool = False
+    rule: str | None = None
+    compress: str | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ def resolve(wishes: Wishes) -> ResolvedJob:
     cores = len(os.sched_getaffinity(0))
     if not os.path.isfile(wishes.script):
         problems.append(f"{wishes.script}: no such file; give the path of the training script")
+    else:
+        problems += missing_rule(wishes.rule or "", wishes.script)
     ranks = ranks_given(wishes.tensor, wishes.pipeline)
     workers = _count("--workers", wishes.workers, multiple_of_ranks(cores, ranks), problems)
     preset = os.environ.get("OMP_NUM_THREADS", "")
@@ -94,7 +100,7 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         "out": out,
         "resume": checkpoint.folder if checkpoint else None,
     }
-    for name in ("tensor", "pipeline", "schedule", "microbatches", "interleave"):
+    for name in ("tensor", "pipeline", "schedule", "microbatches", "interleave", "rule", "compress", "target"):
         if getattr(wishes, name) is not None:
             fields[name] = getattr(wishes, name)
     try:
@@ -118,7 +124,12 @@ def resolve(wishes: Wishes) -> ResolvedJob:
         if made and wishes.resume is not None and is_url(wishes.resume):
             shutil.rmtree(out, ignore_errors=True)  # what was fetched
         raise ConfigError(*problems)
-    spec = spec.with_chunks(_shares_memory(spec))
+    spec = spec.with_chunks(shares_memory(spec))
+    if spec.compress and shares_memory(spec.model_copy(update={"compress": ""})):
+        notes.append(
+            "compress: gradients and weights are sent, not shared in memory as on one host they else would be: fewer "
+            "bytes, and no faster steps here"
+        )
     return ResolvedJob(spec, checkpoint, cores, on_one_host(spec, cores), tuple(notes), chaos)
 
 
@@ -138,11 +149,11 @@ def _checkpoint(resume: str | None, out: str, problems: list[str], notes: list[s
     return found
 
 
-def _shares_memory(spec: JobSpec) -> bool:
+def shares_memory(spec: JobSpec) -> bool:
     """Whether gradients and weights will lie in shared memory, as far as can be told before the script runs."""
     settings = spec.settings
     wanted = settings.shared_memory and settings.transport == "ipc" and settings.n_push == 1
-    wanted = wanted and settings.push_dtype == "same"
+    wanted = wanted and settings.push_dtype == "same" and not spec.compress
     return wanted and (spec.device == "cpu" or (spec.device == "auto" and not gpus()))
 
 

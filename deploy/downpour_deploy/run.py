@@ -13,6 +13,7 @@ from downpour_common.config import JobSpec
 from downpour_common.transport.zeromq import ZmqServer
 from downpour_common.wire import CONTROL_HEADER_LIMIT
 from downpour_coordinator.outcome import Outcome
+from downpour_coordinator.summary import SUMMARY, forget_summary, write_summary
 from downpour_deploy import launch
 from downpour_deploy.display import Display
 from downpour_deploy.local_job import LocalJob
@@ -36,6 +37,7 @@ async def _run(job: ResolvedJob, display: Display) -> Outcome:
         )
         try:
             os.makedirs(os.path.join(job.spec.out, "logs"), exist_ok=True)
+            forget_summary(job.spec.out)
             metrics = open(os.path.join(job.spec.out, "metrics.jsonl"), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             display.start(job)
             outcome = await LocalJob(job, display, runtime, transport, metrics).run()
@@ -43,6 +45,10 @@ async def _run(job: ResolvedJob, display: Display) -> Outcome:
                 metrics.close()
             except OSError as error:
                 outcome.warnings.append(f"metrics were lost: {error.strerror or error}")
+            try:
+                write_summary(job.spec.out, outcome.document())
+            except OSError as error:
+                outcome.warnings.append(f"{SUMMARY} was not written: {error.strerror or error}")
             return outcome
         finally:
             transport.close()

@@ -17,6 +17,7 @@ _USERS = (
     | m.CancelJob
     | m.ScaleJob
     | m.CheckpointNow
+    | m.SetJob
     | m.ListNodes
     | m.DrainNode
     | m.ListFiles

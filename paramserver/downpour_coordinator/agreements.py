@@ -44,6 +44,10 @@ class Agreements:
             self.values[key] = value
         return self._waiting.pop(key, {})
 
+    def awaited(self, key: str) -> bool:
+        """Whether somebody waits for a value of ``key``."""
+        return bool(self._waiting.get(key))
+
     def wait(self, key: str, slot: int, peer: Peer, request: int) -> None:
         """``slot`` waits at ``peer`` for somebody's proposal; it may say so again."""
         if len(key) > LONGEST_KEY:

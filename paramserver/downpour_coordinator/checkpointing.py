@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from downpour_common.config import Settings
 from downpour_coordinator.effects import Effect, ForgetSnapshot, Prune
 from downpour_coordinator.training import Training
 
@@ -97,6 +98,11 @@ class Checkpointing:
         self._failed = 0
         self._retry_s = 0.0
         self._asked_s = float("-inf")
+
+    def settings(self, settings: Settings) -> None:
+        """From now on as these say."""
+        self._given_s, self._keep = settings.checkpoint_s, settings.keep_checkpoints
+        self._failures.assumed_s = settings.mtbf_s
 
     @property
     def degraded(self) -> str:

@@ -7,6 +7,7 @@ leave. So whatever anybody was told survives ``kill -9``; what nobody was told i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -36,7 +37,9 @@ from downpour_coordinator.files import DIGEST, Files
 from downpour_coordinator.journal import Journal
 from downpour_coordinator.lifecycle import Lifecycle, Phase
 from downpour_coordinator.nodes import Node
+from downpour_coordinator.outcome import outcome_of
 from downpour_coordinator.service import JobService
+from downpour_coordinator.summary import write_summary
 
 PUMP_S = 0.02
 """Longest wait before the socket is looked at, should its descriptor have stayed silent."""
@@ -163,7 +166,15 @@ class CoordinatorDaemon:
                 nodes = [node_document(cluster, n, now_s) for n in cluster.nodes.values()]
                 document = {"nodes": sorted(nodes, key=lambda n: str(n["node"])), "coordinator": self._facts()}
                 self._outbox.append((peer, m.Reply(message.request, document)))
-            case m.SubmitJob() | m.DescribeJob() | m.CancelJob() | m.ScaleJob() | m.CheckpointNow() | m.DrainNode():
+            case (
+                m.SubmitJob()
+                | m.DescribeJob()
+                | m.CancelJob()
+                | m.ScaleJob()
+                | m.CheckpointNow()
+                | m.SetJob()
+                | m.DrainNode()
+            ):
                 self._user_request(peer, user, message, now_s)
             case m.ListFiles() | m.GetFile():
                 self._file_request(peer, message)
@@ -174,7 +185,7 @@ class CoordinatorDaemon:
         self,
         peer: Peer,
         user: str,
-        message: m.SubmitJob | m.DescribeJob | m.CancelJob | m.ScaleJob | m.CheckpointNow | m.DrainNode,
+        message: m.SubmitJob | m.DescribeJob | m.CancelJob | m.ScaleJob | m.CheckpointNow | m.SetJob | m.DrainNode,
         now_s: float,
     ) -> None:
         cluster = self.cluster
@@ -195,6 +206,8 @@ class CoordinatorDaemon:
                     self._carry_out(cluster.scale(record, message.workers, now_s))
                 if isinstance(message, m.CheckpointNow):
                     document = record.life.checkpoint_now(message.token)
+                elif isinstance(message, m.SetJob):
+                    document = self._change(user, record, message)
                 else:
                     document = self._describe(record)
             self._outbox.append((peer, m.Reply(message.request, document)))
@@ -206,6 +219,15 @@ class CoordinatorDaemon:
         except ConfigError as error:
             code = Refusal.UNKNOWN if isinstance(message, m.DrainNode) else Refusal.UNUSABLE
             self._refuse(peer, message, code, str(error))
+
+    def _change(self, user: str, record: JobRecord, message: m.SetJob) -> dict[str, Any]:
+        """Raises :class:`ConfigError`."""
+        news = not record.life.changes.knows(message.token)
+        document = record.life.change(message.token, message.assignments)
+        if news:
+            self._audit(f"{user or 'anybody'} sets {', '.join(map(repr, message.assignments))} for {record.job}")
+            self.cluster.dirty_jobs.add(record.job)
+        return document
 
     def _describe(self, record: JobRecord) -> dict[str, Any]:
         document = job_document(self.cluster, record, self._now())
@@ -334,6 +356,9 @@ class CoordinatorDaemon:
         if service.copies is not None:
             service.copies.end()
         self._metrics.pop(record.job).close()
+        outcome = outcome_of(record.life, "", record.ended_s or self._now())
+        with contextlib.suppress(OSError):  # a full disk; `downpour status` has the figures, too
+            write_summary(self._files.job(record.job), {**outcome.document(), "job": record.job})
         if self._keys is not None and record.keys is not None:
             self._keys.allowed.pop(record.keys.processes[0], None)
 

@@ -8,9 +8,12 @@ from downpour_common.replicas import is_lead
 from downpour_coordinator.cluster import Cluster, JobRecord
 from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.nodes import Node
-from downpour_coordinator.outcome import outcome_of, quantiles
+from downpour_coordinator.outcome import outcome_of
 from downpour_coordinator.processes import Process
 from downpour_coordinator.training import Training
+
+_SHORT = ("throughput", "noise_scale", "efficiency", "goodput", "staleness")
+"""Measures that a list of jobs has."""
 
 
 def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool = True) -> dict[str, Any]:
@@ -22,6 +25,7 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
     reports = [p for p in progress if p is not None]
     outcome = outcome_of(life, "", record.ended_s or now_s)
     began_s = record.started_s or record.submitted_s
+    measured = outcome.measures.document() if outcome.measures else {}
     document: dict[str, Any] = {
         "job": record.job,
         "name": life.spec.name,
@@ -50,11 +54,13 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
         "samples": outcome.samples,
         "samples_per_s": round(outcome.samples_per_s, 3),
         "metrics": outcome.document()["metrics"],
-        "staleness": quantiles(training.staleness()),
+        "target": outcome.target,
+        **{name: value for name, value in measured.items() if full or name in _SHORT},
         "torn_samples": training.torn_samples(),
         "degraded": life.degraded,
         "checkpointing": life.checkpoints.document(now_s if record.ended_s is None else record.ended_s),
         "lost_pushes": outcome.lost_pushes,
+        "late": outcome.late,
         "warnings": life.remarks,
         "exit_code": outcome.exit_code if life.over else None,
         "model": bool(life.model),
@@ -62,7 +68,9 @@ def job_document(cluster: Cluster, record: JobRecord, now_s: float, full: bool =
     if full:
         document["processes"] = [_process(cluster, record, p) for p in life.processes.values()]
         document["spec"] = life.spec.model_dump(mode="json")
-        document["result"] = {**outcome.document(), "job": record.job} if life.over else None
+        figures = {**outcome.document(), "job": record.job}
+        document["result"] = figures if life.over else None
+        document["so_far"] = None if life.over else figures
     return document
 
 

@@ -80,4 +80,9 @@ class FindShardCheckpoint:
     shards: tuple[int, ...]
 
 
-Effect = TrainingEffect | Export | ForgetSnapshot | Prune | FindCheckpoint | FindShardCheckpoint
+@dataclass(frozen=True, slots=True)
+class SpecChanged:
+    """Effect: the job's description is another one now; keep it where others read it."""
+
+
+Effect = TrainingEffect | SpecChanged | Export | ForgetSnapshot | Prune | FindCheckpoint | FindShardCheckpoint

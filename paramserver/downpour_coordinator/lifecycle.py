@@ -7,13 +7,13 @@ A state machine around :class:`Training`: events in, effects out; no sockets, no
 ::
 
     QUEUED → STARTING → TRAINING → SAVING → EXPORTING → CLOSING → ENDING → OVER
-                            ↓ interrupted   ↑                        ↓ restarts left
+                            ↓ interrupted   ↑                        ↓ restarts left, or changed
                          KEEPING → LEAVING ─┘                     WAITING → STARTING
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -26,10 +26,20 @@ from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message
 from downpour_common.replicas import multiple_of_ranks, titled
 from downpour_common.transport import Peer
+from downpour_coordinator.changes import Changes, differences
 from downpour_coordinator.checkpointing import RETRY_S, Checkpointing
-from downpour_coordinator.effects import Effect, Export, FindCheckpoint, FindShardCheckpoint, ForgetSnapshot
+from downpour_coordinator.effects import (
+    Effect,
+    Export,
+    FindCheckpoint,
+    FindShardCheckpoint,
+    ForgetSnapshot,
+    LogRow,
+    SpecChanged,
+)
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.processes import Failure, Key, Process, explain
+from downpour_coordinator.recorder import Recorder
 from downpour_coordinator.recovery import LONG_S, STUCK_S, Signs, troubles, whole_backoff_s
 from downpour_coordinator.roster import DRAIN_S, Roster
 from downpour_coordinator.snapshots import CommitSnapshot
@@ -69,6 +79,7 @@ class Phase(StrEnum):
 
 _REPLICATED = (Phase.STARTING, Phase.TRAINING, Phase.KEEPING, Phase.LEAVING, Phase.SAVING)
 """Phases in which a shard without a backup gets one."""
+_MEASURED = (Phase.TRAINING, Phase.KEEPING, Phase.LEAVING, Phase.SAVING, Phase.CLOSING)
 
 
 class Lifecycle:
@@ -85,6 +96,7 @@ class Lifecycle:
             base, snapshots, settings.checkpoint_s, settings.keep_checkpoints, settings.mtbf_s
         )
         self.training = Training(facts, self.checkpoints.folder)
+        self.changes = Changes()
         self.failure: Failure | None = None
         self.restarts = 0
         self.last_failure: Failure | None = None
@@ -97,9 +109,8 @@ class Lifecycle:
         self.trained_s: float | None = None
         self.wanted = spec.workers
         self.fewest = spec.fewest_workers
-        self._keep = False
-        self._kept = False
-        self._hurry = False
+        self.recorder = Recorder(spec)
+        self._keep = self._kept = self._hurry = False
         self._to_tell = ""
         self._told_s = -TELL_S
         self._ended_well = False
@@ -140,8 +151,10 @@ class Lifecycle:
         if phase is Phase.QUEUED:
             return "PENDING" if self.begun_s is None else "RESTARTING"
         if phase is Phase.STARTING:
-            return "RESTARTING" if self.restarts else "STARTING"
-        if phase is Phase.WAITING or (phase is Phase.ENDING and self._will_restart):
+            return "RESTARTING" if self.restarts or self.changes.before is not None else "STARTING"
+        if self.changes.leaving and not self.interrupted:
+            return "RESTARTING"
+        if phase is Phase.WAITING or (phase is Phase.ENDING and (self._will_restart or self._takes_back)):
             return "RESTARTING"
         if phase is Phase.TRAINING:
             return "RUNNING" if self.training.live() else "RESTARTING"
@@ -154,6 +167,8 @@ class Lifecycle:
             return self.failure.reason
         if self.interrupted and not self._ended_well:
             return self.interrupted
+        if self.state == "RESTARTING" and (self.changes.leaving or self.changes.before is not None):
+            return "CHANGED"
         if self.state == "RESTARTING" and self.last_failure is not None:
             return self.last_failure.reason
         return {"PENDING": "QUEUED", "STARTING": "STARTING"}.get(self.state, "")
@@ -250,6 +265,9 @@ class Lifecycle:
         if isinstance(message, m.RegisterWorker) and self.phase not in (Phase.STARTING, Phase.TRAINING):
             return self._advance(now_s, [])  # too late
         effects: list[Effect] = list(self.training.handle(peer, message))
+        if isinstance(message, m.LogMetrics):
+            rows = [effect for effect in effects if isinstance(effect, LogRow)]
+            effects += self.recorder.logged(rows, self.training, self.train_s(now_s))
         match message:
             case m.FromShard():
                 self._signs.heard(("server", message.shard), message.shard_epoch, now_s)
@@ -296,7 +314,15 @@ class Lifecycle:
     def tick(self, now_s: float) -> list[Effect]:
         """Time passes; call it a few times per second."""
         self._signs.listening(now_s)
-        return self._advance(now_s, [])
+        effects: list[Effect] = []
+        if self.phase in _MEASURED and self.first_step_s is not None:
+            over = self.phase is not Phase.TRAINING
+            effects += self.recorder.row(self.training, self.train_s(now_s), over)
+        return self._advance(now_s, effects)
+
+    def train_s(self, now_s: float) -> float:
+        """Time since the first step, or that it took."""
+        return (self.trained_s or now_s) - self.first_step_s if self.first_step_s is not None else 0.0
 
     def stop(self, reason: str, keep: bool, now_s: float) -> list[Effect]:
         """End the job; ``keep``: with a checkpoint of where it is. A second time: end everything at once."""
@@ -378,6 +404,17 @@ class Lifecycle:
         error = wish.error or ("the job has ended before it" if state == "failed" else "")
         return {"job": self.job, "state": state, "number": wish.number, "error": error}
 
+    def change(self, token: str, assignments: Iterable[str]) -> dict[str, Any]:
+        """Go on with another description, once per ``token``: see :mod:`downpour_coordinator.changes`; how far it is.
+        Raises :class:`ConfigError` where it cannot be."""
+        if not self.changes.knows(token):
+            if self.phase is not Phase.TRAINING:
+                raise ConfigError(f"job {self.job} is {self.state}; only a running job can be changed")
+            self.changes.ask(token, self.spec, assignments)
+        state, error = self.changes.progress(token, self.over)
+        number = self.changes.number if token == self.changes.token else 0
+        return {"job": self.job, "state": state, "number": number, "error": error, "mode": self.spec.mode}
+
     def scale(self, workers: int, now_s: float) -> list[Effect]:
         """Have this many workers while training goes on. Raises :class:`ConfigError`."""
         if self.phase is not Phase.TRAINING:
@@ -454,7 +491,8 @@ class Lifecycle:
         if process.fallen == "over":
             self._replica_over(mates, now_s)
             return
-        in_place = in_round and training and not any(self.training.workers[p.index].gone for p in mates)
+        keeps = not self.spec.compression.remembers  # else what it owed, or had, is lost with it
+        in_place = in_round and training and keeps and not any(self.training.workers[p.index].gone for p in mates)
         if in_place and not process.fallen and self._can_spend(failure, now_s):
             self._take_over(process, mates, failure, now_s)
             return
@@ -690,7 +728,7 @@ class Lifecycle:
                 case Phase.CLOSING:
                     self._close(now_s, effects)
                 case Phase.ENDING:
-                    self._end(now_s)
+                    self._end(now_s, effects)
                 case Phase.WAITING:
                     self._wait(now_s, effects)
             if self.phase is before:
@@ -712,6 +750,13 @@ class Lifecycle:
 
     def _train(self, now_s: float, effects: list[Effect]) -> None:
         settings = self.spec.settings
+        if self.training.clock() > self.training.facts.clock:
+            self.changes.settled()
+        if self.changes.wish and (wish := self.checkpoints.wish(self.changes.wish)).committed:
+            self.changes.leave(wish.number)
+            self._to_tell = "changed"
+            self._enter(Phase.LEAVING, now_s)
+            return
         self.checkpoints.failures_seen(self.restarts, now_s - (self.first_step_s or now_s))
         self._consequences(now_s)
         self._seek(now_s, effects)
@@ -722,6 +767,7 @@ class Lifecycle:
         if not any(p.state != "ended" and p.index in joined | taking_over for p in self.roster.workers()):
             if any(all(mate.code == 0 for mate in self.roster.mates(p)) for p in self.roster.workers()):
                 self.trained_s = now_s
+                self.changes.settled()
                 self.training.turn_away()
                 self._enter(Phase.SAVING, now_s)
                 return
@@ -850,10 +896,19 @@ class Lifecycle:
         if not waited_for or hasty or now_s - self._since_s > CLOSE_S:
             self._enter(Phase.ENDING, now_s)
 
-    def _end(self, now_s: float) -> None:
+    def _end(self, now_s: float, effects: list[Effect]) -> None:
         if not self.roster.stop(list(self.processes.values()), self._grace_s()):
             return
-        if self._will_restart:
+        if self.changes.leaving and not self.interrupted:
+            self._go_on_with(self.changes.take(self.spec), now_s, effects)
+        elif self._takes_back:
+            assert self.failure is not None
+            told = self._told(self.failure)
+            before = self.changes.take_back(told)
+            self.warnings.append(f"{told}: the change was taken back, and the job goes on as it was")
+            self.last_failure, self.failure = self.failure, None
+            self._go_on_with(before, now_s, effects)
+        elif self._will_restart:
             assert self.failure is not None
             self.restarts += 1
             self.warnings.append(f"{self._told(self.failure)}; the job was started again from its last checkpoint")
@@ -864,7 +919,33 @@ class Lifecycle:
             self._committing = 0
             self._enter(Phase.WAITING, now_s)
         else:
+            if self.changes.leaving:
+                self.warnings.append(f"interrupted; go on with --resume {self.spec.out or self.job}")
             self._enter(Phase.OVER, now_s)
+
+    @property
+    def _takes_back(self) -> bool:
+        """Whether the job ends because of the change that it is on trial with."""
+        if self.changes.before is None or self.failure is None or self.interrupted:
+            return False
+        return self.failure.reason != "NODE_LOST" or not self._will_restart
+
+    def _go_on_with(self, spec: JobSpec, now_s: float, effects: list[Effect]) -> None:
+        """From the newest checkpoint on, with this description."""
+        effects.append(LogRow({"changed": differences(self.spec, spec), "checkpoint": self.changes.number}))
+        effects.append(SpecChanged())
+        if spec.target == self.spec.target:
+            recorder, watched = Recorder(spec), self.recorder.target.document()
+            recorder.target.restore(watched)
+            self.recorder = recorder
+        else:
+            self.recorder = Recorder(spec)
+        self.spec = spec
+        self.origin = replace(self.origin, mode=spec.parsed_mode)
+        self.checkpoints.settings(spec.settings)
+        self.training = self.training.anew(replace(self.training.facts, mode=spec.parsed_mode))
+        self._committing = self._begun_again = 0
+        self._enter(Phase.WAITING, now_s)
 
     def _wait(self, now_s: float, effects: list[Effect]) -> None:
         if now_s - self._since_s >= whole_backoff_s(self._begun_again) and now_s - self._asked_s > RETRY_S:
@@ -927,6 +1008,8 @@ class Lifecycle:
             "checkpoints": [self._floor, self._newest],
             "begun_again": self._begun_again,
             "non_finite": list(self._non_finite.items()),
+            "changes": self.changes.document(),
+            "target": self.recorder.target.document(),
             "origin": self.origin.document(),
             "training": self.training.document(),
         }
@@ -940,6 +1023,9 @@ class Lifecycle:
         self.training = Training.from_document(document["training"], model, self.checkpoints.folder)
         self._floor, self._newest = document["checkpoints"]
         self._begun_again, self._non_finite = document["begun_again"], dict(document["non_finite"])
+        self.recorder.target.restore(document.get("target", {}))
+        if "changes" in document:
+            self.changes = Changes.from_document(document["changes"])
         self._now_s = now_s
         self.roster = Roster.from_document(document["processes"], now_s, spec.ranks)
         self.failure = Failure(**document["failure"]) if document["failure"] else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from downpour_common import exitcodes
 from downpour_common.replicas import is_lead
 from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.measures import Measures, measure
 from downpour_coordinator.processes import Failure
 from downpour_coordinator.training import Training
 
@@ -36,7 +36,9 @@ class Outcome:
     pulls: int = 0
     bytes_moved: int = 0
     wait_share: float = 0.0
-    staleness: dict[str, int] = field(default_factory=dict)
+    measures: Measures | None = None
+    target: dict[str, Any] | None = None
+    """what was to be reached, and when it was; None: nothing was"""
     clock_gap_max: int = 0
     replicas: int = 0
     ranks: int = 1
@@ -48,6 +50,10 @@ class Outcome:
     """contributions to single chunks among them, by shard"""
     non_finite: dict[str, int] = field(default_factory=dict)
     """contributions to chunks with NaN or Inf that were left out, by worker"""
+    uncompensated: int = 0
+    """contributions to chunks, applied as they were because the weights that they were computed on were not there"""
+    late: dict[str, int] = field(default_factory=dict)
+    """``sync,backup=b``: contributions that came after their round and were not applied, by worker"""
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -60,6 +66,11 @@ class Outcome:
     def steps_per_s(self) -> float:
         """Steps of the worker with the most, per second of the same time."""
         return self.steps / self.train_s if self.train_s > 0 else 0.0
+
+    @property
+    def staleness(self) -> dict[str, float]:
+        """Mean, p50, p99 and max of the contributions' staleness in updates; empty without any."""
+        return self.measures.staleness if self.measures else {}
 
     def document(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -78,7 +89,8 @@ class Outcome:
             "pulls": self.pulls,
             "bytes": self.bytes_moved,
             "wait_share": round(self.wait_share, 4),
-            "staleness": self.staleness,
+            **(self.measures.document() if self.measures else {}),
+            "target": self.target,
             "clock_gap_max": self.clock_gap_max,
             "replicas": self.replicas,
             "ranks": self.ranks,
@@ -86,6 +98,8 @@ class Outcome:
             "lost_pushes": self.lost_pushes,
             "lost": self.lost,
             "non_finite": self.non_finite,
+            "late": self.late,
+            "uncompensated": self.uncompensated,
             "metrics": {k: v if math.isfinite(v) else None for k, v in self.metrics.items()},
             "out": self.out,
             "model": self.model,
@@ -121,6 +135,8 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
         warnings=job.remarks,
     )
     fill_figures(outcome, job.training)
+    outcome.measures = measure(job.training, job.spec, outcome.train_s)
+    outcome.target = job.recorder.target.figures()
     return outcome
 
 
@@ -135,28 +151,11 @@ def fill_figures(outcome: Outcome, state: Training) -> None:
     if reports and outcome.train_s > 0:
         slots = len({p.slot for p in reports})
         outcome.wait_share = min(1.0, sum(p.wait_s for p in reports) / (outcome.train_s * slots))
-    outcome.staleness = quantiles(state.staleness())
     outcome.clock_gap_max = state.clock_gap_max()
     lost = state.lost()
     outcome.lost_pushes = sum(n.pushes for n in lost.values())
     outcome.lost = {f"server/{index}": n.contributions for index, n in lost.items()}
     outcome.non_finite = {f"worker/{slot}": n for slot, n in sorted(state.non_finite().items())}
+    outcome.uncompensated = state.uncompensated()
+    outcome.late = {f"worker/{slot}": n for slot, n in sorted(state.late().items())}
     outcome.metrics = dict(state.latest)
-
-
-def quantiles(counts: Counter[int]) -> dict[str, int]:
-    """Median, 99th percentile and largest value of a histogram; empty for an empty one."""
-    total = counts.total()
-    if not total:
-        return {}
-    values = sorted(counts.items())
-
-    def at(share: float) -> int:
-        seen = 0
-        for value, count in values:
-            seen += count
-            if seen >= share * total:
-                return value
-        return values[-1][0]
-
-    return {"p50": at(0.5), "p99": at(0.99), "max": values[-1][0]}

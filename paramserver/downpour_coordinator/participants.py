@@ -10,7 +10,9 @@ from downpour_common.messages import Message
 from downpour_common.transport import Peer
 from downpour_coordinator.losses import Past
 
-_ANSWERS: dict[str, type[Message]] = {cls.__name__: cls for cls in (m.Ack, m.Lease, m.PassBegins, m.Refused, m.Welcome)}
+_ANSWERS: dict[str, type[Message]] = {
+    cls.__name__: cls for cls in (m.Ack, m.Lease, m.Minimised, m.PassBegins, m.Portion, m.Refused, m.Welcome)
+}
 _FIELDS = {name: [f.name for f in fields(cls)] for name, cls in _ANSWERS.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -113,6 +114,10 @@ class Failure:
         return asdict(self)
 
 
+_LAST_WORD = re.compile(r"server/\d+b?: (.+)")
+"""What a shard writes last when it ends of an error of its own."""
+
+
 def explain(process: Process, registered: bool, reported: m.ReportFailure | None, script: str) -> Failure:
     """Why a process that should not have ended has. ``registered``: it had called ``prepare``."""
     code, where = process.code, (process.node, process.epoch, process.ranks)
@@ -134,8 +139,10 @@ def explain(process: Process, registered: bool, reported: m.ReportFailure | None
     if code == 0:
         message = "ended with exit code 0 without leaving the job in good order (os._exit?)"
         return Failure(process.role, process.index, exitcodes.FAILED, message, "", "PROCESS_FAILED", *where)
+    said = _LAST_WORD.fullmatch(process.tail[-1]) if process.role == "server" and process.tail else None
+    message = f"exit code {code}" if said is None else said[1]
     reason = "SCRIPT_FAILED" if process.role == "worker" else "PROCESS_FAILED"
-    return Failure(process.role, process.index, code, f"exit code {code}", tail, reason, *where)
+    return Failure(process.role, process.index, code, message, tail, reason, *where)
 
 
 def signal_name(number: int) -> str:

@@ -8,7 +8,12 @@ from typing import Any
 from downpour_common.errors import ProtocolError
 from downpour_coordinator.replicas import check_replica
 
-_COUNTERS = ("clock_gap_max", "members", "pid", "round", "rounds_per_report", "snapshot")
+_COUNTERS = (
+    *("applied", "bytes_in", "bytes_out", "clock_gap_max", "members", "pid", "refused", "round", "rounds_per_report"),
+    "snapshot",
+)
+BINS = 66
+"""Of a histogram of staleness, which is a number of 64 bits at most."""
 _SNAPSHOT: dict[str, type] = {
     "file": str,
     "bytes": int,
@@ -21,10 +26,11 @@ _SNAPSHOT: dict[str, type] = {
 
 def check_report(document: dict[str, Any]) -> None:
     """A shard's counters. Raises :class:`ProtocolError` where one that is used here is not what it should be."""
-    for name in ("staleness", "non_finite"):
+    for name in ("staleness", "non_finite", "late"):
         if not _histogram(document.get(name, {})):
             raise ProtocolError(f"a report's {name} is no histogram")
     _check_lost(document)
+    _check_measures(document)
     check_replica(document)
     for name in _COUNTERS:
         if not _count(document.get(name, 0)):
@@ -48,6 +54,18 @@ def check_snapshot(document: dict[str, Any], shard: int) -> None:
         raise ProtocolError("a snapshot's chunks are not numbered")
 
 
+def _check_measures(document: dict[str, Any]) -> None:
+    slots, noise = document.get("slots", {}), document.get("noise", [])
+    rows = slots.values() if isinstance(slots, dict) and all(str(slot).isdecimal() for slot in slots) else [None]
+    if not all(isinstance(row, list) and 2 < len(row) <= BINS + 2 and all(map(_count, row)) for row in rows):
+        raise ProtocolError("a report's slots are no histograms")
+    if not isinstance(noise, list) or len(noise) not in (0, 3) or not all(map(_number, noise)):
+        raise ProtocolError("a report's noise is not three numbers")
+    for name in ("cpu_s", "up_s"):
+        if not _number(document.get(name, 0.0)) or document.get(name, 0.0) < 0:
+            raise ProtocolError(f"a report's {name} is no time")
+
+
 def _check_lost(document: dict[str, Any]) -> None:
     pushes = document.get("lost_pushes", 0)
     if not _count(document.get("lost", 0)) or not (_count(pushes) or _histogram(pushes)):
@@ -60,3 +78,7 @@ def _histogram(value: object) -> bool:
 
 def _count(value: object) -> bool:
     return type(value) is int and value >= 0
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from typing import Any, TextIO
 
 from downpour_common import failpoints
 from downpour_common import messages as m
+from downpour_common.config import to_toml
 from downpour_common.errors import CheckpointError, ConfigError, DownpourError
 from downpour_common.messages import Message
+from downpour_common.tensorfile import write_atomically
 from downpour_common.transport import Peer
 from downpour_coordinator import checkpoints
 from downpour_coordinator.copies import Copies
@@ -25,6 +27,7 @@ from downpour_coordinator.effects import (
     LogRow,
     Prune,
     Send,
+    SpecChanged,
     StorePart,
     StoreSpans,
 )
@@ -78,8 +81,8 @@ class JobService:
 
     def take(self, peer: Peer, message: Message) -> bool:
         """A message of one of the job's processes, or of a user; False when it makes no sense."""
-        if isinstance(message, m.CheckpointNow):
-            self._send(peer, self._checkpoint_now(message))
+        if isinstance(message, m.CheckpointNow | m.SetJob):
+            self._send(peer, self._wished(message))
             return True
         try:
             effects = self.job.handle(peer, message, self._clock())
@@ -116,14 +119,29 @@ class JobService:
                     )
                 case FindShardCheckpoint():
                     self._find_for(effect)
+                case SpecChanged():
+                    self._describe()
 
-    def _checkpoint_now(self, message: m.CheckpointNow) -> Message:
+    def _wished(self, message: m.CheckpointNow | m.SetJob) -> Message:
         if message.job != self.job.job:
             return m.Refused(message.request, m.Refusal.WRONG_JOB.value, f"there is no job {message.job}")
         try:
+            if isinstance(message, m.SetJob):
+                return m.Reply(message.request, self.job.change(message.token, message.assignments))
             return m.Reply(message.request, self.job.checkpoint_now(message.token))
         except ConfigError as error:
             return m.Refused(message.request, m.Refusal.UNUSABLE.value, str(error))
+
+    def _describe(self) -> None:
+        """``job.toml``, as one could submit it again: relative paths in a job file are below its own folder."""
+        spec = self.job.spec
+        if self.job.checkpoints.base:  # of `downpour run`; a cluster's job has its code in a bundle
+            spec = spec.model_copy(update={"script": os.path.abspath(spec.script)})
+        path = os.path.join(self.out, "job.toml")
+        try:
+            write_atomically(path, lambda file: file.write(to_toml(spec).encode()))
+        except OSError as error:
+            self.problems.append(f"{path} was not written: {error.strerror or error}")
 
     def _find_for(self, effect: FindShardCheckpoint) -> None:
         def done(found: tuple[int, tuple[str, ...]]) -> None:

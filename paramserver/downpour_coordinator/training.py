@@ -16,6 +16,7 @@ from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Message, Refusal
+from downpour_common.modifiers import WARM_START
 from downpour_common.names import process_name
 from downpour_common.replicas import is_lead
 from downpour_common.transport import Peer
@@ -25,7 +26,8 @@ from downpour_coordinator.data import DataState
 from downpour_coordinator.effects import LogRow, Send, StorePart, StoreSpans, TrainingEffect
 from downpour_coordinator.facts import JobFacts
 from downpour_coordinator.leases import Span, merge
-from downpour_coordinator.losses import Lost, non_finite_of, staleness_of
+from downpour_coordinator.losses import Lost, add_slots, late_of, non_finite_of, slots_of, staleness_of
+from downpour_coordinator.minimiser import Minimiser
 from downpour_coordinator.participants import ShardEntry, Worker, progress_from
 from downpour_coordinator.replicas import Backup, ask_again, caught_up, introduce, promote
 from downpour_coordinator.reports import check_report, check_snapshot
@@ -35,6 +37,8 @@ LEAST_MARGIN, LARGEST_MARGIN = 2, 4096
 """Clocks that a synchronous snapshot is put ahead of where the shards are expected to be when the request arrives."""
 REPORTS_NEEDED = 2
 """Reports of each shard, from the beginning of the training on, that tell its pace."""
+REASON_CHARACTERS = 200
+"""Of why the training is done."""
 ANSWERS_KEPT = 64
 """Answers remembered per worker, for repeats of its requests."""
 
@@ -55,6 +59,8 @@ class Training:
         self.setup_error = ""
         self.latest: dict[str, float] = {}
         self.torn = 0
+        self.done_because = ""
+        """why the scripts are to end, as one of them has said"""
         self.former: list[m.Progress] = []
         """the last words of workers whose slots others have now"""
         self._folder = folder
@@ -67,6 +73,7 @@ class Training:
         self._data = DataState(facts.epoch, facts.done if facts.resume else ())
         self._barriers = Barriers()
         self._agreements = Agreements()
+        self._minimiser = Minimiser(facts.mode, facts.shards, facts.clock)
         self._passes: dict[int, tuple[Peer, m.BeginPass]] = {}
         """slots whose pass cannot begin before the members have changed"""
         self._version = 0
@@ -97,6 +104,8 @@ class Training:
                 if (worker := self._worker(peer, message, effects)) is not None:
                     worker.progress = message
                     self._moved_since(worker, message.shard_epochs, effects)
+                    if self.done_because and not worker.gone:  # to one that joins late, or where it was lost
+                        effects.append(Send(peer, m.ShouldStop(self.done_because, by_script=True)))
             case m.ReportFailure():
                 if self._worker(peer, message, effects) is not None:
                     self.failures.append(message)
@@ -111,6 +120,7 @@ class Training:
             self.former.append(before.progress)
             self._clock = max(self._clock, before.progress.clock)
         self.workers[slot] = Worker(slot, epoch=epoch)
+        self._minimiser.release(slot)
         if not self.begun:
             self._members[slot] = epoch
         self._waiting.pop(slot, None)
@@ -217,7 +227,10 @@ class Training:
         self._members.pop(slot, None)
         self._barriers.leave(slot)
         self._data.release(slot)
+        self._minimiser.release(slot)
+        self._minimise(effects)
         self._release_barriers(effects)
+        self._nobody_to_wait_for(effects)
         self._welcome(effects)
         if self.begun and not done:
             self._tell_members(effects)
@@ -318,6 +331,14 @@ class Training:
             total.update(staleness_of(shard.report))
         return total
 
+    def staleness_by_slot(self) -> dict[int, list[int]]:
+        """Of each slot's contributions, see :func:`downpour_coordinator.losses.slots_of`."""
+        total: dict[int, list[int]] = {}
+        for shard in self.shards.values():
+            add_slots(total, shard.past.slots)
+            add_slots(total, slots_of(shard.report))
+        return total
+
     def lost(self) -> dict[int, Lost]:
         """What each shard that has lost pushes has lost, by its index."""
         lost = {s.index: s.past.total(s.report) for s in self.shards.values()}
@@ -330,6 +351,18 @@ class Training:
             total.update(shard.past.non_finite)
             total.update(non_finite_of(shard.report))
         return total
+
+    def uncompensated(self) -> int:
+        """Contributions to chunks that the present shards could not compensate, and applied as they were."""
+        return sum(int(shard.report.get("uncompensated", 0)) for shard in self.shards.values())
+
+    def late(self) -> Counter[int]:
+        """``sync,backup=b``: contributions that came after their round, by the slot they came from; as the shard says
+        that has seen the most."""
+        most: Counter[int] = Counter()
+        for shard in self.shards.values():
+            most |= shard.past.late + Counter(late_of(shard.report))
+        return most
 
     def clock_gap_max(self) -> int:
         """The largest gap between two workers' clocks that a shard has seen."""
@@ -395,6 +428,9 @@ class Training:
                 self._report(shard, message.document, effects)
             case m.MembersSet():
                 self._heard(shard, effects, members=message.version)
+            case m.VectorsDone():
+                self._minimiser.done(shard.index, message)
+                self._minimise(effects)
             case m.SnapshotTaken():
                 if not message.error:
                     check_snapshot(message.document, message.shard)
@@ -470,6 +506,8 @@ class Training:
         if shard.members < self._version and shard.ready and not shard.promoting:
             effects.append(Send(shard.peer, self._members_message()))
         effects.extend(introduce(shard, self.backups.get(shard.index)))
+        self._minimiser.heard(shard.index)
+        self._minimise(effects)
 
     def _from_backup(
         self,
@@ -688,6 +726,12 @@ class Training:
                 self._begin_pass(worker, peer, message, effects)
             case m.Agree():
                 self._agree(peer, message, effects)
+            case m.TakePortion():
+                self._minimiser.asked(worker.slot, peer, message, len(self._members))
+                self._minimise(effects)
+            case m.EndTraining():
+                self._answer(worker, peer, m.Ack(message.request, 0), effects)
+                self._end_training(message, effects)
             case m.Goodbye():
                 self._answer(worker, peer, m.Ack(message.request, 0), effects)
                 worker.drained, worker.finished = message.drained, not message.drained
@@ -700,6 +744,27 @@ class Training:
             case _:
                 raise ProtocolError(f"the coordinator does not take {type(message).__name__}")
 
+    def _minimise(self, effects: list[TrainingEffect]) -> None:
+        """Send what mode lbfgs has to say."""
+        found = self._minimiser
+        for slot, peer, answer in found.answers:
+            self._answer(self.workers[slot], peer, answer, effects)
+        effects.extend(Send(self.workers[slot].peer, notice) for slot, notice in found.notices)
+        if found.command is not None:
+            shards = [self.shards[i] for i in found.commands]
+            effects.extend(Send(shard.peer, found.command) for shard in shards if shard.peer)
+        effects.extend(LogRow(row) for row in found.rows)
+        self.latest.update(found.latest())
+        found.said()
+
+    def _end_training(self, message: m.EndTraining, effects: list[TrainingEffect]) -> None:
+        """The first reason counts."""
+        if not self.done_because:
+            self.done_because = message.reason[:REASON_CHARACTERS] or "done"
+            effects.append(LogRow({"ends": self.done_because, "worker": message.slot, "clock": message.clock}))
+        told = m.ShouldStop(self.done_because, by_script=True)
+        effects.extend(Send(w.peer, told) for w in self.workers.values() if w.answered and w.peer and not w.gone)
+
     def _agree(self, peer: Peer, message: m.Agree, effects: list[TrainingEffect]) -> None:
         """Not among a worker's answers: a repeat finds the value where the first asker did."""
         if message.proposes:
@@ -709,6 +774,14 @@ class Training:
             effects.append(Send(peer, m.Agreed(message.request, self._agreements.values[message.key])))
         else:
             self._agreements.wait(message.key, message.slot, peer, message.request)
+            self._nobody_to_wait_for(effects)
+
+    def _nobody_to_wait_for(self, effects: list[TrainingEffect]) -> None:
+        """Those who wait for worker 0's first steps go on if it takes no more."""
+        first = [worker for slot, worker in self.workers.items() if slot < self.facts.ranks]
+        if self._agreements.awaited(WARM_START) and all(worker.gone for worker in first):
+            for peer, request in self._agreements.propose(WARM_START, b"gone").values():
+                effects.append(Send(peer, m.Agreed(request, self._agreements.values[WARM_START])))
 
     def _begin_pass(self, worker: Worker, peer: Peer, begin: m.BeginPass, effects: list[TrainingEffect]) -> None:
         """The first worker that begins a training pass has left the one before on all shards, so has everybody:
@@ -813,10 +886,12 @@ class Training:
             "setup_error": self.setup_error,
             "latest": self.latest,
             "torn": self.torn,
+            "done_because": self.done_because,
             "begun": self.begun,
             "data": self._data.document(),
             "barriers": self._barriers.document(),
             "agreed": self._agreements.document(),
+            "minimiser": self._minimiser.document(),
             "passes": [asdict(begin) for _, begin in self._passes.values()],
             "version": self._version,
             "members": list(self._members.items()),
@@ -841,9 +916,11 @@ class Training:
         self.failures = [m.ReportFailure(**f) for f in document["failures"]]
         self.setup_error, self.latest = document["setup_error"], document["latest"]
         self.torn, self.begun = document["torn"], document["begun"]
+        self.done_because = document.get("done_because", "")
         self._data = DataState.from_document(document["data"])
         self._barriers = Barriers.from_document(document["barriers"])
         self._agreements = Agreements.from_document(document.get("agreed", []))
+        self._minimiser.restore(document.get("minimiser", {}))
         self._passes = {b["slot"]: (b"", m.BeginPass(**b)) for b in document["passes"]}
         self._version, self._members = document["version"], dict(document["members"])
         self._told = tuple(document["told"])

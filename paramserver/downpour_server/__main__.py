@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import time
+import traceback
 from types import FrameType
 
 from downpour_common import exitcodes, failpoints, wire
@@ -45,11 +47,14 @@ def main() -> int:
                 control,
                 set_up=spare_threads,
                 connect=lambda: ZmqClient(wire.CONTROL_HEADER_LIMIT, follower_keys),
+                computed=time.process_time,
             ).run()
         finally:
             control.close()
             data.close()
     except DownpourError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         print(f"{process_name('server', config.index, config.shards)}: {error}", file=sys.stderr)  # noqa: T201
         return exitcodes.FAILED
     return exitcodes.OK

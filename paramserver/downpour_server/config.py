@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from downpour_common.compensation import SPARE_BASES
 from downpour_common.errors import ConfigError
 from downpour_common.keys import ClientKeys, KeyPair, ServerKeys
 
@@ -45,6 +46,19 @@ class ShardConfig:
     """of the shard's leadership, which is its epoch on the data plane; -1: ``shard_epoch``"""
     process: int = -1
     """index among the job's server processes, which is its index on the control plane; -1: ``shard``"""
+    rule: str = ""
+    """``module:Class`` of an update rule of the job's own; ``script_folder`` is where its module is"""
+    script_folder: str = ""
+    compress: str = ""
+    """codecs of what travels"""
+    compensation: str = "off"
+    """what is done about staleness"""
+    bases: int = SPARE_BASES
+    """where that needs them: weights kept for each worker at most"""
+    warm_start: int = 0
+    """clock of the job until which worker 0 is alone"""
+    measure_noise: bool = True
+    """contributions are gradients, whose noise is to be estimated"""
     keys: dict[str, Any] | None = None
     """``coordinator``: its public key; ``job``: [public, secret] of the job, which also all its workers have;
     ``shards``, ``shard_secret``: the shards' own. None: no encryption, and nobody proves who it is"""

@@ -60,6 +60,13 @@ class DedupWindow:
         self._advance()
         return missing
 
+    def without(self, seqs: set[int]) -> tuple[int, set[int]]:
+        """``next_seq`` and ``above`` as they were if these had not been seen yet."""
+        first = min(seqs, default=self.next_seq)
+        if first >= self.next_seq:
+            return self.next_seq, self.above - seqs
+        return first, (self.above | set(range(first, self.next_seq))) - seqs
+
     def begin_at(self, seq: int) -> None:
         """The next contribution has this number, whatever was seen."""
         self.next_seq = seq

@@ -161,7 +161,9 @@ class Leader:
     def _as_passed(self, message: Message) -> Message | None:
         """What the follower is to take instead of an input; None: nothing."""
         match message:
-            case m.PushPull() | m.Push() | m.Init() | m.EndEpoch() | m.Leave() | m.Hello() | m.SetMembers():
+            case m.PushPull() | m.Push() | m.PushPullHeld() | m.Init():
+                return message
+            case m.EndEpoch() | m.Leave() | m.Hello() | m.SetMembers():
                 return message
             case m.PushPullShared() | m.PushPullStaged():
                 payload: Buffer | None = self.shard.payload_of(message)
@@ -170,6 +172,8 @@ class Leader:
                         payload = bytearray(payload)  # the answer does not wait for the follower, and frees the memory
                     return _with_payload(message, payload)
                 return message  # to be refused there as well
+            case m.Pull() if self.shard.keeps_bases:
+                return message  # so that it keeps the same weights, which contributions are compared with
             case m.Pull() | m.AttachMemory() | m.Stage() if not self.shard.knows(message):
                 return message
         return None

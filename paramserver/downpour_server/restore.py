@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,8 +56,19 @@ def restore(folder: str, layout: Layout, chunks: dict[int, StoredChunk]) -> int:
     with ExitStack() as stack:
         stack.enter_context(looked_through(folder, entries))
         files = {name: stack.enter_context(TensorFile(os.path.join(folder, name))) for name in sorted(wanted)}
-        _fill(Origin(old, rows, files, old.model.rule == layout.model.rule), layout, chunks)
+        same_rule = old.model.rule == layout.model.rule
+        _fill(Origin(old, rows, files, same_rule), layout, chunks)
+        if not same_rule and any(not name.endswith(".weights") for file in files.values() for name in file):
+            _tell_of_the_state(old.model.rule, layout.model.rule)
     return clock
+
+
+def _tell_of_the_state(before: str, now: str) -> None:
+    """In this process' log."""
+    sys.stderr.write(
+        f"the checkpoint's optimizer state is that of {before}, and this job's update rule is {now or 'none'}: the "
+        "weights go on, and the rule's state begins anew\n"
+    )
 
 
 def _check_same_tensors(folder: str, old: Layout, new: Layout) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from downpour_common import failpoints, sharing
 from downpour_common import messages as m
-from downpour_common.errors import ConfigError, DownpourError, PeerTimeout, ProtocolError
+from downpour_common.compensation import parse_compensation
+from downpour_common.compression import parse_compression
+from downpour_common.errors import DownpourError, PeerTimeout, ProtocolError
 from downpour_common.layout import ModelSpec, plan
 from downpour_common.modes import parse_mode
 from downpour_common.process import keep_freed_memory
@@ -22,7 +26,7 @@ from downpour_server.keeper import SnapshotKeeper
 from downpour_server.recover import recover
 from downpour_server.replication import Replication
 from downpour_server.restore import restore
-from downpour_server.rules import RULES
+from downpour_server.rules import check_rule
 from downpour_server.shard import Identity, Shard
 from downpour_server.snapshot import WriteSnapshot
 
@@ -30,6 +34,8 @@ IDLE_S = 0.02
 """Longest wait for data before everything else gets its turn."""
 CONTROL_S = 0.005
 """While data keep coming: time between two looks at everything else, each of which costs as much as a small update."""
+NEXT_S, COMMANDS_S = 0.001, 0.1
+"""Mode lbfgs: commands come one after the other, so for so long after one the wait for data is as short as this."""
 REPORT_S = 0.5
 REGISTER_S = 2.0
 """Time between two registrations, until the set-up comes."""
@@ -40,7 +46,8 @@ ONE_THREAD_BYTES = 512 << 10
 
 class ShardService:
     """Serves one shard until told to stop. ``clock`` gives seconds and is only compared with itself.
-    ``set_up``: told the shard once it is there. ``connect``: gives a transport to another replica.
+    ``set_up``: told the shard once it is there. ``connect``: gives a transport to another replica. ``computed``:
+    seconds that this process has computed, if it is a shard and nothing else.
 
     The coordinator may be away for any time: what it must learn is in every report, and what it asks twice is
     answered twice and done once.
@@ -54,6 +61,7 @@ class ShardService:
         clock: Callable[[], float] = time.monotonic,
         set_up: Callable[[Shard], None] = lambda _: None,
         connect: Callable[[], ClientTransport] | None = None,
+        computed: Callable[[], float] | None = None,
     ) -> None:
         self._config = config
         self._announce = set_up
@@ -63,8 +71,12 @@ class ShardService:
         self._keeper = SnapshotKeeper(config, self._tell)
         self._connect = connect or (lambda: control)
         self._replication: Replication | None = None
+        self._computed = computed
+        self._began: tuple[float, float] | None = None
+        """what it had computed, and when, at its first report with a model"""
         self._error = ""
         self._members: m.SetMembers | None = None
+        self._commanded_s = float("-inf")
         self._stop = False
 
     def run(self) -> None:
@@ -121,7 +133,7 @@ class ShardService:
 
     def _take_data(self) -> bool:
         """Whether there was any."""
-        arrived = self._data.poll(IDLE_S)
+        arrived = self._data.poll(NEXT_S if self._clock() - self._commanded_s < COMMANDS_S else IDLE_S)
         replication = self._replication
         for peer, message in arrived:
             if replication is None or replication.leader is None:
@@ -162,6 +174,8 @@ class ShardService:
                     if self._keeper.asked(message):
                         shard = self._replication.shard
                         self._carry_out(shard.snapshot(message.snapshot, message.folder, message.at_clock))
+                case m.VectorOps() if self._shard is not None:
+                    self._compute(self._shard, message)
                 case m.Ack() | m.Refused():
                     self._keeper.received(message, self._clock())
                 case m.StopShard():
@@ -171,6 +185,18 @@ class ShardService:
                 case _:
                     pass  # a snapshot of a shard that holds nothing yet: it is asked for again
 
+    def _compute(self, shard: Shard, command: m.VectorOps) -> None:
+        """Mode lbfgs: what the coordinator wants computed with vectors."""
+        self._commanded_s = self._clock()
+        try:
+            done = None if shard.vectors is None else shard.vectors.execute(command)
+        except ProtocolError:
+            self._control.malformed += 1
+            return
+        if done is not None:
+            attempt, number, gone, results = done
+            self._tell(m.VectorsDone(*self._identity(), attempt, number, gone, results))
+
     def _set_up(self, message: m.SetUpShard) -> None:
         """Once: what comes again is only answered again."""
         config = self._config
@@ -178,9 +204,9 @@ class ShardService:
             return
         try:
             model = ModelSpec.from_wire(message.model)
-            if model.rule and model.rule not in RULES:
-                raise ConfigError(f"no update rule is called {model.rule!r}; known: {', '.join(RULES)}")
+            check_rule(model.rule, config.rule, config.script_folder)
             layout = plan(model, config.shards, config.chunk_bytes)
+            compensation = parse_compensation(config.compensation)
 
             def make(term: int) -> Shard:
                 identity = Identity(config.job, config.shard, term)
@@ -193,6 +219,11 @@ class ShardService:
                     config.push_dtype,
                     config.keep_previous,
                     config.skip_non_finite,
+                    measure_noise=config.measure_noise,
+                    compensation=compensation,
+                    bases=config.bases,
+                    warm_start=config.warm_start,
+                    compression=parse_compression(config.compress),
                 )
 
             replication = Replication(config, make, self._connect, self._report)
@@ -207,6 +238,8 @@ class ShardService:
             self._announce(shard)
         except DownpourError as problem:
             self._error = str(problem)
+            if problem.__cause__ is not None:  # for this process' log
+                traceback.print_exception(problem.__cause__)
             return
         if self._members is not None:
             self._set_members(self._members)
@@ -259,11 +292,20 @@ class ShardService:
         assert self._replication is not None
         self._carry_out(self._replication.after(self._shard.attached(effect, memory)))
 
+    def _load(self, shard: Shard) -> dict[str, Any]:
+        """What the gradients are like, and how long this process computes; times in seconds since it has the model."""
+        document: dict[str, Any] = {"noise": shard.noise.document()}
+        if self._computed is not None:
+            cpu_s, now_s = self._computed(), self._clock()
+            self._began = self._began or (cpu_s, now_s)
+            document |= {"cpu_s": round(cpu_s - self._began[0], 3), "up_s": round(now_s - self._began[1], 3)}
+        return document
+
     def _report(self) -> None:
         """Counters, and all that the coordinator may have missed."""
         shard = self._shard
         document = {
-            **(shard.stats.document() if shard is not None else {}),
+            **(shard.stats.document() | self._load(shard) if shard is not None else {}),
             "ready": shard is not None,
             "error": self._error,
             "initialised": shard is not None and shard.initialised,

@@ -16,25 +16,32 @@ from dataclasses import dataclass, replace
 import torch
 
 from downpour_common import messages as m
+from downpour_common.compensation import SPARE_BASES, CompensationSpec
+from downpour_common.compression import NO_COMPRESSION, Compression
 from downpour_common.dtypes import itemsize, pushed_as
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Layout, SharedLayout
 from downpour_common.messages import Message, Refusal
 from downpour_common.modes import Mode
 from downpour_common.transport import Peer
+from downpour_server import residuals
 from downpour_server.attached import AttachedMemory, Lodging
+from downpour_server.coding import coding_for
 from downpour_server.columns import Columns
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import Seen
 from downpour_server.effects import Attach, Effect, Reply, SendWeights
 from downpour_server.members import Members
+from downpour_server.noise import NoiseMeter
 from downpour_server.passes import Passes, Trail
-from downpour_server.policy import POLICIES, Gate
+from downpour_server.policy import Gate, gate_for
+from downpour_server.policy.stale import StaleGate
 from downpour_server.snapshot import Capture
 from downpour_server.staged import StagedPayloads
 from downpour_server.stats import ShardStats
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import Scratch, as_bytes, from_bytes, is_finite
+from downpour_server.vectors import Vectors, take_portion
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,18 @@ class Identity:
     shard_epoch: int
 
 
-FromWorker = m.Hello | m.Init | m.Contribution | m.Pull | m.EndEpoch | m.Leave | m.AttachMemory | m.Stage
+FromWorker = (
+    m.Hello
+    | m.Init
+    | m.Contribution
+    | m.Pull
+    | m.EndEpoch
+    | m.Leave
+    | m.AttachMemory
+    | m.Stage
+    | m.Residual
+    | m.FetchResidual
+)
 """What a worker sends, which says who it is."""
 
 
@@ -74,12 +92,15 @@ class _Fetch:
     since_s: float
     memory: AttachedMemory | None = None
     version: int = -1
+    held: int = 0
+    """as :class:`m.Pull` has it"""
 
 
 class Shard:
     """State of one shard; see the module.
 
-    ``keep_previous``, ``skip_non_finite``: see :class:`downpour_server.config.ShardConfig`.
+    ``keep_previous``, ``skip_non_finite``, ``bases``, ``warm_start``: see :class:`downpour_server.config.ShardConfig`.
+    Raises :class:`ConfigError` for a ``compensation`` that the update rule cannot have.
     """
 
     def __init__(
@@ -92,30 +113,45 @@ class Shard:
         push_dtype: str = "same",
         keep_previous: bool = False,
         skip_non_finite: bool = False,
+        measure_noise: bool = False,
+        compensation: CompensationSpec | None = None,
+        bases: int = SPARE_BASES,
+        warm_start: int = 0,
+        compression: Compression = NO_COMPRESSION,
     ) -> None:
         self.identity = identity
         self.layout = layout
         self.stats = ShardStats()
+        self.noise = NoiseMeter(measure_noise)
         keep_previous = keep_previous and mode.synchronous
         scratch, rule, options = Scratch(), layout.model.rule, layout.model.options
         self.chunks = {
-            c.index: StoredChunk(c, rule, options[c.group] if c.group >= 0 else {}, scratch, keep_previous)
+            c.index: StoredChunk(
+                c, rule, options[c.group] if c.group >= 0 else {}, scratch, keep_previous, compensation, bases
+            )
             for c in layout.of_shard(identity.shard)
         }
+        for stored in self.chunks.values():
+            stored.coding = coding_for(stored.chunk, compression, mode.synchronous)
         self._trainable = tuple(stored for stored in self.chunks.values() if stored.trainable)
         self._pushed = {
             i: pushed_as(s.chunk.dtype, push_dtype) if s.trainable else s.chunk.dtype for i, s in self.chunks.items()
         }
         """dtypes of payloads"""
-        self._pushed_bytes = {i: s.chunk.numel * itemsize(self._pushed[i]) for i, s in self.chunks.items()}
+        self._pushed_bytes = {
+            i: s.coded_push or s.chunk.numel * itemsize(self._pushed[i]) for i, s in self.chunks.items()
+        }
         self._mode = mode
         self._timeout_s = timeout_s
         self._members = Members(workers, take_over=mode.synchronous)
         self._columns = Columns(layout, self.chunks, self._members)
         self._gates: dict[int, Gate] = {}
         for index, stored in self.chunks.items():
-            bounded = stored.chunk.kind == "trainable" or mode.synchronous
-            self._gates[index] = POLICIES[mode.name if bounded else "async"](mode, self._columns.members_of(stored))
+            group = stored.chunk.group if stored.trainable else -1
+            gate = gate_for(mode, group, self._columns.members_of(stored), stored, self._count_late)
+            if warm_start and isinstance(gate, StaleGate):
+                gate.let_lead(self._columns.ranks, warm_start)
+            self._gates[index] = gate
         self._fetches: dict[int, list[_Fetch]] = {index: [] for index in self.chunks}
         self._ending: list[_Ending] = []
         self._attached: dict[int, AttachedMemory] = {}
@@ -132,6 +168,8 @@ class Shard:
         self._unaligned: set[int] = set()
         """chunks whose next round says which one it is: a worker that was lost may have torn the last one of a pass"""
         self._last_void: dict[int, int] = {}
+        self._last_late: dict[int, int] = {}
+        self.vectors = Vectors(self._trainable) if mode.name == "lbfgs" else None
 
     def start_from(self, clock: int) -> None:
         """The first sequence number of every worker, when the job goes on from a checkpoint.
@@ -155,7 +193,7 @@ class Shard:
         """Take one message from a worker; returns what is to be done, in order."""
         effects: list[Effect] = []
         match message:
-            case m.PushPull() | m.Push():
+            case m.PushPull() | m.Push() | m.PushPullHeld():
                 self._contribute(peer, message, message.payload, now_s, effects)
             case m.PushPullShared():
                 self._contribute_shared(peer, message, now_s, effects)
@@ -168,11 +206,22 @@ class Shard:
             case m.Pull():
                 if self._admits(peer, message, effects):
                     self._fetch(peer, message, now_s, effects)
+            case m.PushPortion():
+                if self._admits(peer, message, effects):
+                    stored = self._stored(peer, message.request, message.chunk, message.payload, effects)
+                    if stored is not None and message.shard_epoch >= self.identity.shard_epoch:
+                        effects.append(Reply(peer, take_portion(self.vectors, stored, message, self.stats)))
             case m.AttachMemory():
                 if self._admits(peer, message, effects):
                     effects.append(Attach(peer, message))
             case m.Hello():
                 self._hello(peer, message, effects)
+            case m.Residual():
+                if self._admits(peer, message, effects):
+                    self._keep_residual(peer, message, effects)
+            case m.FetchResidual():
+                if self._admits(peer, message, effects):
+                    effects.append(Reply(peer, residuals.give(message, self.chunks.get(message.chunk))))
             case m.Init():
                 if self._admits(peer, message, effects):
                     self._initialise(peer, message, effects)
@@ -184,7 +233,9 @@ class Shard:
                     effects.append(Reply(peer, m.Ack(message.request, 0)))
                     self._settle(message.slot, message.worker_epoch, message.done)
                     self._members.leave(message.slot)
+                    self._not_computing(message.slot)
                     self._staged.drop(message.slot)
+                    self._owes_nothing(message.slot)
                     self._lodging.review()
                     self._members_changed(effects)
             case _:
@@ -240,6 +291,7 @@ class Shard:
             for slot in change.taken_over:
                 self.chunks[index].take_over(slot, epochs[slot])
         for slot in change.over | change.joined:
+            self._not_computing(slot)
             self._passes.forget(slot)
             if self._trail is not None:
                 self._trail.forget(slot)
@@ -298,14 +350,18 @@ class Shard:
         effects: list[Effect] = []
         if self._capture is not None:
             effects.append(self._capture.failed("another snapshot began before it was complete"))
-        capture = Capture(snapshot, folder, at_clock, self.identity.shard, self.chunks)
+        capture = Capture(snapshot, folder, at_clock, self.identity.shard, self.chunks, self._waiting)
         if not self.initialised:
             return [*effects, capture.failed("the first weights are not there yet")]
         self._capture = capture
         for stored in self.chunks.values():
-            self._capture.look(stored, self._position)
+            self._capture.look(stored, self._position, begins=self._mode.synchronous)
         self._finish_capture(effects)
         return effects
+
+    def _waiting(self, stored: StoredChunk) -> Collection[tuple[int, int]]:
+        """Slot and number of what has come to the chunk and is not in its weights yet."""
+        return self._gates[stored.chunk.index].waiting()
 
     # ------------------------------------------------------------ replication, see downpour_server.replica
 
@@ -321,10 +377,17 @@ class Shard:
         self.identity = replace(self.identity, shard_epoch=term)
         self._fetches = {index: [] for index in self.chunks}
         self._ending.clear()
+        for stored in self._trainable:
+            stored.forget_views()  # whatever the leader before has sent
 
     def knows(self, message: FromWorker) -> bool:
         """Whether the message, for who its sender is alone, changes nothing here."""
         return message.job != self.identity.job or self._members.knows(message.slot, message.worker_epoch)
+
+    @property
+    def keeps_bases(self) -> bool:
+        """Whether it matters what workers have fetched."""
+        return any(stored.bases is not None for stored in self._trainable)
 
     def payload_of(self, push: m.PushPullShared | m.PushPullStaged) -> memoryview | None:
         """What a contribution without a payload means; None if it is not here."""
@@ -359,15 +422,22 @@ class Shard:
         if stored is None:
             return
         self._staged.drop(push.slot, push.chunk)
-        gradient = from_bytes(payload, self._pushed[push.chunk])
-        self._take(peer, push, stored, gradient.to(stored.weights.dtype), None, now_s, effects)
+        try:
+            gradient = stored.decoded(payload, push.seq)
+        except ProtocolError as error:
+            self._refuse(peer, push.request, Refusal.MALFORMED, f"chunk {push.chunk}: {error}", effects)
+            return
+        if gradient is None:
+            gradient = from_bytes(payload, self._pushed[push.chunk]).to(stored.weights.dtype)
+        self._take(peer, push, stored, gradient, None, now_s, effects)
 
     def _stage(self, peer: Peer, stage: m.Stage, effects: list[Effect]) -> None:
         stored = self._pushed_to(peer, stage.request, stage.chunk, stage.payload, effects)
         if stored is None:
             return
-        if not stored.trainable:
-            reason = f"chunk {stage.chunk} is {stored.chunk.kind}: nothing of it is staged"
+        if not stored.trainable or stored.coded_push:
+            kind = "encoded" if stored.trainable else stored.chunk.kind
+            reason = f"chunk {stage.chunk} is {kind}: nothing of it is staged"
             self._refuse(peer, stage.request, Refusal.MALFORMED, reason, effects)
             return
         self.stats.staged += 1
@@ -412,7 +482,8 @@ class Shard:
         if isinstance(push, m.Push):
             effects.append(Reply(peer, m.Ack(push.request, stored.version)))
         else:
-            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s))
+            held = push.held if isinstance(push, m.PushPullHeld) else 0
+            self._fetches[push.chunk].append(_Fetch(peer, push.request, push.slot, push.seq, now_s, held=held))
         self._answer(push.chunk, effects)
         self._finish_capture(effects)
 
@@ -452,6 +523,8 @@ class Shard:
                 self._gates[push.chunk].reached(push.slot, push.seq + 1)
         else:
             window.record(push.seq)
+            if stored.coding is not None:
+                stored.coding.residuals.pop(push.slot, None)
             if not isinstance(push, m.PushPullStaged):  # whose bytes came before
                 self.stats.bytes_in += self._pushed_bytes[stored.chunk.index]
             contribution = Contribution(
@@ -463,6 +536,12 @@ class Shard:
                 self._trail.note(push.slot, push.seq, push.position)
             self._apply(stored, self._gates[push.chunk].offer(contribution))
         return True
+
+    def _count_late(self, contribution: Contribution) -> None:
+        """It came after its round; counted as :meth:`_count_void` does."""
+        if self._last_late.get(contribution.slot) != contribution.seq:
+            self._last_late[contribution.slot] = contribution.seq
+            self.stats.late[contribution.slot] += 1
 
     def _count_void(self, contribution: Contribution) -> None:
         """Once for all chunks here, which get the same number one after the other."""
@@ -512,10 +591,15 @@ class Shard:
             counted = [c for c in round_ if not c.void]
             if stored.trainable:
                 for contribution in counted:
-                    self.stats.staleness[max(0, stored.version - contribution.base_version)] += 1
-                    self.stats.applied += 1
+                    self.stats.apply(contribution.slot, max(0, stored.version - contribution.base_version))
+                    self.stats.uncompensated += not stored.compensates(contribution)
                 self.stats.updates += 1
+                self.noise.look(stored.chunk.index, stored.version, counted)
+            if stored.coding is not None:
+                stored.coding.begin(stored.weights)
             stored.apply(counted)
+            if stored.coding is not None:
+                stored.coding.advance(stored.weights)
             self._position = max(self._position, *(c.position for c in round_))
             if stored.trainable:
                 self.stats.round = max(self.stats.round, stored.version)
@@ -525,6 +609,8 @@ class Shard:
     def _answer(self, index: int, effects: list[Effect]) -> None:
         """Answer the chunk's fetches that the policy lets go."""
         stored, gate = self.chunks[index], self._gates[index]
+        if self._capture is not None and stored.coded_push:
+            self._ask_residuals(stored, self._capture, effects)
         kept = []
         for fetch in self._fetches[index]:
             if not stored.initialised or not (
@@ -537,13 +623,43 @@ class Shard:
                 continue
             if fetch.seq >= 0 and stored.trainable:
                 self.stats.clock_gap_max = max(self.stats.clock_gap_max, gate.clock_gap(fetch.slot, fetch.seq))
-            self.stats.bytes_out += stored.nbytes
+            if stored.trainable and self._columns.owns(fetch.slot, stored):
+                stored.given_to(fetch.slot)
             if fetch.memory is not None:
+                self.stats.bytes_out += stored.nbytes
                 self._lodging.answer(stored, fetch.memory)
                 effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, stored.version)))
             else:
-                effects.append(SendWeights(fetch.peer, fetch.request, stored))
+                effects.append(self._sent(stored, fetch))
         self._fetches[index] = kept
+
+    def _sent(self, stored: StoredChunk, fetch: _Fetch, previous: bool = False) -> Reply | SendWeights:
+        """The weights, or the previous ones, as a payload: encoded, if the job's are and the worker wants them so."""
+        coded = stored.answer(fetch.slot, fetch.held, previous)
+        if coded is None:
+            self.stats.bytes_out += stored.nbytes
+            return SendWeights(fetch.peer, fetch.request, stored, previous)
+        version, view, base, payload = coded
+        self.stats.bytes_out += memoryview(payload).nbytes
+        return Reply(fetch.peer, m.WeightsCoded(fetch.request, stored.chunk.index, version, view, base, payload))
+
+    def _ask_residuals(self, stored: StoredChunk, capture: Capture, effects: list[Effect]) -> None:
+        """See :mod:`downpour_server.residuals`."""
+        peers = {f.slot: f.peer for f in self._fetches[stored.chunk.index] if f.seq == capture.at_clock - 1}
+        peers.update({e.slot: e.peer for e in self._ending if self._columns.owns(e.slot, stored)})
+        effects += residuals.ask(self.identity.job, stored, capture, peers)
+
+    def _keep_residual(self, peer: Peer, message: m.Residual, effects: list[Effect]) -> None:
+        stored = self._stored(peer, message.request, message.chunk, message.payload, effects)
+        if stored is not None:
+            residuals.keep(message, stored, self._capture)
+            effects.append(Reply(peer, m.Ack(message.request, stored.version)))
+            self._finish_capture(effects)
+
+    def _owes_nothing(self, slot: int) -> None:
+        """Nothing more is heard of the worker in ``slot``."""
+        if self._capture is not None:
+            self._capture.release(slot)
 
     def _answer_previous(self, stored: StoredChunk, fetch: _Fetch, effects: list[Effect]) -> None:
         """Answer a fetch of a version that is over."""
@@ -554,12 +670,12 @@ class Shard:
             )
             self._refuse(fetch.peer, fetch.request, Refusal.STALE_SEQ, reason, effects)
             return
-        self.stats.bytes_out += stored.nbytes
         if fetch.memory is not None:
+            self.stats.bytes_out += stored.nbytes
             self._lodging.answer_previous(stored, fetch.memory)
             effects.append(Reply(fetch.peer, m.WeightsShared(fetch.request, index, fetch.version)))
         else:
-            effects.append(SendWeights(fetch.peer, fetch.request, stored, previous=True))
+            effects.append(self._sent(stored, fetch, previous=True))
 
     def _end_epoch(self, peer: Peer, message: m.EndEpoch, now_s: float, effects: list[Effect]) -> None:
         which = (message.loader, message.epoch)
@@ -596,6 +712,11 @@ class Shard:
         if self._trail is not None:
             self._trail.begin_at(round_)
 
+    def _not_computing(self, slot: int) -> None:
+        """Whoever was in ``slot`` contributes nothing more."""
+        for stored in self._trainable:
+            stored.left_by(slot)
+
     def _dismiss(self, slot: int, effects: list[Effect]) -> None:
         """The worker that was in ``slot`` is not a member any more: none of its requests waits here."""
         if slot in self._attached:  # where it may write once it has been told
@@ -611,6 +732,7 @@ class Shard:
             self._refuse(entry.peer, entry.request, Refusal.STALE_EPOCH, reason, effects)
         self._attached.pop(slot, None)
         self._staged.drop(slot)
+        self._owes_nothing(slot)
 
     def _finish_capture(self, effects: list[Effect]) -> None:
         if self._capture is not None and (written := self._capture.effect()) is not None:
@@ -644,13 +766,17 @@ class Shard:
                     () if self._trail is None else self._trail.before(slot, clock),
                     self._next_number(hello, self._columns.buffers(slot)),
                     self._passes.ended.get(slot, ()),
+                    any(s.coding is not None and slot in s.coding.residuals for s in self._columns.trainable(slot)),
                 ),
             )
         )
         if hello.done >= 0:
             for stored in self._columns.chunks(slot):
-                self._gates[stored.chunk.index].reached(slot, hello.done)
+                gate = self._gates[stored.chunk.index]
+                gate.reached(slot, hello.done)
+                self._apply(stored, gate.members_changed())
                 self._answer(stored.chunk.index, effects)
+            self._finish_capture(effects)
 
     def _clock_of(self, hello: m.Hello) -> int:
         """Number of the next contribution of a worker to this shard's trainable chunks."""
@@ -693,7 +819,9 @@ class Shard:
             reason = f"the initial weights hold NaN or Inf, in one of: {names}"
             self._refuse(peer, init.request, Refusal.NON_FINITE, reason, effects)
             return
-        stored.initialise(init.payload)
+        if not stored.initialised:
+            stored.initialise(init.payload)
+            stored.given_to(init.slot)  # who has them, and need not fetch them
         effects.append(Reply(peer, m.Ack(init.request, stored.version)))
         self._answer(init.chunk, effects)
 
@@ -705,7 +833,8 @@ class Shard:
         if not stored.trainable or (memory is not None and not memory.in_place):
             memory = None  # which it is too where a replica has several ranks: what they pull is sent
         seq = pull.after if stored.trainable else -1
-        self._fetches[pull.chunk].append(_Fetch(peer, pull.request, pull.slot, seq, now_s, memory, pull.version))
+        fetch = _Fetch(peer, pull.request, pull.slot, seq, now_s, memory, pull.version, pull.held)
+        self._fetches[pull.chunk].append(fetch)
         self._answer(pull.chunk, effects)
 
     def _pushed_to(

@@ -25,11 +25,17 @@ import torch
 from downpour_common import wire
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import Buffer
+from downpour_server.coding import ChunkCoding
+from downpour_server.compensation.bases import Bases
+from downpour_server.compensation.compensator import Compensator
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import DedupWindow
 from downpour_server.members import Members
+from downpour_server.noise import NoiseMeter
 from downpour_server.passes import Passes, Trail
 from downpour_server.policy.asynchronous import AsyncGate
+from downpour_server.policy.exchanges import ExchangeGate
+from downpour_server.policy.rounds import RoundGate
 from downpour_server.policy.stale import StaleGate
 from downpour_server.policy.synchronous import SyncGate
 from downpour_server.shard import Shard
@@ -61,31 +67,37 @@ def _fields(carried: str = "", apart: str = "", own: str = "") -> Fields:
 
 STATE: dict[type, Fields] = {
     Shard: _fields(
-        "_position _recovered _unaligned _last_void",
-        "chunks stats _members _gates _passes _trail",
+        "_position _recovered _unaligned _last_void _last_late",
+        "chunks stats noise _members _gates _passes _trail",
         "identity layout _columns _trainable _pushed _pushed_bytes _mode _timeout_s _skips _fetches _ending "
-        "_attached _lodging _staged _capture _stays_home",
+        "_attached _lodging _staged _capture vectors _stays_home",
     ),
     Members: _fields("first_seq version _epochs _over _ended _left _awaited", own="_take_over"),
     Passes: _fields("ended _over _open"),
     Trail: _fields("_steps"),
     ShardStats: _fields(
         "staleness applied repeats refused bytes_in bytes_out staged clock_gap_max updates round _reported_round "
-        "lost lost_pushes non_finite _lost"
+        "lost lost_pushes non_finite late _lost slots uncompensated"
     ),
+    NoiseMeter: _fields("_sums _held", own="_wanted _scratch"),
     StoredChunk: _fields(
         "version initialised previous_version _windows _latest",
-        "weights _rule _hyper _previous",
+        "weights _rule _hyper _previous _compensator coding",
         "chunk trainable nbytes lodging _keep_previous _scratch _options _understood _readers _state_readers "
-        "_previous_readers",
+        "reached _previous_readers",
     ),
+    ChunkCoding: _fields(apart="residuals _number _views", own="_chunk _push _pull follows _together _step _whole"),
+    Compensator: _fields(apart="bases _way", own="_lr _factor"),
+    Bases: _fields("kept", own="_most"),
     AsyncGate: _fields(),
-    StaleGate: _fields("_done", own="_bound _members"),
+    StaleGate: _fields("_done", own="_bound _members _lead"),
     SyncGate: _fields("_queues _applied", own="_members"),
+    RoundGate: _fields("_queues _orphans _answered", own="_backup _members _chunk _too_late"),
+    ExchangeGate: _fields("_queues _late _orphans _next _absent _over _answered", own="_members"),
 }
 _VALUES: dict[str, type[Any]] = {cls.__name__: cls for cls in (Contribution, DedupWindow)}
 """Dataclasses that are carried field by field."""
-_UNCHANGING = frozenset({"_queues", "_latest"})
+_UNCHANGING = frozenset({"_queues", "_late", "_orphans", "_latest", "kept"})
 """Attributes whose tensors are replaced, never written to, and so need no copy."""
 
 
@@ -111,6 +123,7 @@ class Image:
             "shard": self._carried(shard),
             "members": self._carried(shard._members),
             "stats": self._carried(shard.stats),
+            "noise": self._carried(shard.noise),
             "passes": self._carried(shard._passes),
             "trail": {} if shard._trail is None else self._carried(shard._trail),
             "chunks": [[index, *self._chunk(shard, index, reading)] for index in shard.chunks],
@@ -160,6 +173,7 @@ class Image:
             numbers["previous"] = self._number(stored._previous)
             stored.being_read(reading, previous=True)
         own = {**self._carried(stored), "_hyper": self._encode(stored._hyper, False)}
+        own["bases"] = {} if stored.bases is None else self._carried(stored.bases)
         return [own, self._carried(shard._gates[index]), numbers, row["scalars"]]
 
     def _carried(self, thing: object) -> dict[str, Any]:
@@ -225,6 +239,7 @@ class Received:
         self._set(shard, document["shard"])
         self._set(shard._members, document["members"])
         self._set(shard.stats, document["stats"])
+        self._set(shard.noise, document["noise"])
         self._set(shard._passes, document["passes"])
         if shard._trail is not None:
             self._set(shard._trail, document["trail"])
@@ -233,6 +248,9 @@ class Received:
             stored._previous = parts.pop("previous", None)
             stored.restore(parts.pop("weights"), {**parts, **scalars}, 0)
             stored.adopt(self._decode(own.pop("_hyper")))
+            bases = own.pop("bases")
+            if stored.bases is not None:
+                self._set(stored.bases, bases)
             self._set(stored, own)
             self._set(shard._gates[index], gate)
 

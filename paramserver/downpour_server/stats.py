@@ -12,6 +12,8 @@ class ShardStats:
     """Counters since the shard's start. Staleness counts each trainable chunk of each applied contribution."""
 
     staleness: Counter[int] = field(default_factory=Counter)
+    slots: dict[int, list[int]] = field(default_factory=dict)
+    """staleness of each slot's: sum, largest, and how many were 0, 1, 2, 3-4, 5-8, … (:func:`bin_of`)"""
     applied: int = 0
     repeats: int = 0
     refused: int = 0
@@ -29,8 +31,24 @@ class ShardStats:
     """by slot: the largest number of them over the chunks"""
     non_finite: Counter[int] = field(default_factory=Counter)
     """by slot: contributions with NaN or Inf that were left out"""
+    late: Counter[int] = field(default_factory=Counter)
+    """by slot: contributions that came after their round was complete without them, and were not applied"""
+    uncompensated: int = 0
+    """contributions to trainable chunks that were applied as they were, because the weights that they were computed on
+    are not here"""
     _lost: Counter[tuple[int, int]] = field(default_factory=Counter)
     _reported_round: int = 0
+
+    def apply(self, slot: int, staleness: int) -> None:
+        """A contribution of ``slot`` to a trainable chunk is applied, ``staleness`` updates after it was begun."""
+        self.applied += 1
+        self.staleness[staleness] += 1
+        row = self.slots.setdefault(slot, [0, 0])
+        row[0] += staleness
+        row[1] = max(row[1], staleness)
+        at = 2 + bin_of(staleness)
+        row.extend([0] * (at + 1 - len(row)))
+        row[at] += 1
 
     def lose(self, slot: int, chunk: int, count: int) -> None:
         """``count`` more contributions of ``slot`` to ``chunk`` will never be here."""
@@ -48,6 +66,7 @@ class ShardStats:
         rounds, self._reported_round = self.round - self._reported_round, self.round
         return {
             "staleness": {str(k): n for k, n in sorted(self.staleness.items())},
+            "slots": {str(slot): list(row) for slot, row in sorted(self.slots.items())},
             "applied": self.applied,
             "repeats": self.repeats,
             "refused": self.refused,
@@ -59,5 +78,12 @@ class ShardStats:
             "round": self.round,
             "rounds_per_report": rounds,
             "non_finite": {str(slot): n for slot, n in sorted(self.non_finite.items())},
+            "late": {str(slot): n for slot, n in sorted(self.late.items())},
+            "uncompensated": self.uncompensated,
             **self.losses(),
         }
+
+
+def bin_of(staleness: int) -> int:
+    """Where a staleness is counted: 0, 1, 2, then one bin for each power of two up to which it goes."""
+    return staleness if staleness < 2 else 1 + (staleness - 1).bit_length()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from downpour_common import wire
+from downpour_common.compensation import SPARE_BASES, CompensationSpec
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Chunk
 from downpour_common.messages import Buffer
 from downpour_common.transport import Sent
+from downpour_server.coding import PREFIX as CODING
+from downpour_server.coding import ChunkCoding
+from downpour_server.compensation import PREFIX
+from downpour_server.compensation.bases import Bases
+from downpour_server.compensation.compensator import Compensator
 from downpour_server.contribution import Contribution
 from downpour_server.dedup import DedupWindow
-from downpour_server.rules import RULES, Rule
+from downpour_server.rules import Rule, make_rule
 from downpour_server.tensors import Scratch, as_bytes, from_bytes, torch_dtype, weighted_mean
 
 
@@ -23,7 +29,8 @@ class StoredChunk:
     """Holds and changes one chunk. ``version`` counts the updates it has absorbed; chunks may share a ``scratch``.
 
     ``lodging``: its weights lie in a worker's memory, see :mod:`downpour_server.attached`. ``keep_previous``: of a
-    trainable chunk the weights before the newest update are kept, too.
+    trainable chunk the weights before the newest update are kept, too. ``compensation``: what is done about late
+    contributions, ``bases`` the weights kept for each worker at most where they are needed for it.
     """
 
     def __init__(
@@ -33,6 +40,8 @@ class StoredChunk:
         options: Mapping[str, Any],
         scratch: Scratch | None = None,
         keep_previous: bool = False,
+        compensation: CompensationSpec | None = None,
+        bases: int = SPARE_BASES,
     ) -> None:
         self.chunk = chunk
         self.trainable = chunk.kind == "trainable"
@@ -41,7 +50,9 @@ class StoredChunk:
         self.initialised = False
         self.lodging = False
         self.weights = torch.zeros(chunk.numel, dtype=torch_dtype(chunk.dtype))
-        self._rule: Rule | None = RULES[rule](options) if self.trainable else None
+        self._rule: Rule | None = make_rule(rule, options, chunk.shape) if self.trainable else None
+        compensates = self.trainable and compensation is not None and compensation.name != "off"
+        self._compensator = Compensator(compensation, options, bases) if compensation and compensates else None
         self._scratch = scratch or Scratch()
         self._options = dict(options)
         self._hyper = b""
@@ -55,6 +66,10 @@ class StoredChunk:
         self._previous_readers: list[Sent] = []
         self._readers: list[Sent] = []
         self._state_readers: list[Sent] = []
+        self.coding: ChunkCoding | None = None
+        """how it travels, if not as it is; set once, at the start"""
+        self.reached: torch.Tensor | None = None
+        """mode lbfgs: the weights that count, while others are tried; replaced, never written to"""
 
     def initialise(self, payload: Buffer) -> None:
         """Take the job's first weights; later calls change nothing."""
@@ -91,6 +106,8 @@ class StoredChunk:
     def forget(self, slot: int) -> None:
         """What the worker in ``slot`` said last of a buffer does not count any more."""
         self._latest.pop(slot, None)
+        if self.coding is not None:
+            self.coding.forget(slot)
 
     def understands(self, hyper: bytes) -> bool:
         """Whether ``hyper`` holds options of the kinds that the parameter group had at the start."""
@@ -117,11 +134,65 @@ class StoredChunk:
             self._replace(round_)
         else:
             if round_[0].hyper and round_[0].hyper != self._hyper:
-                self._hyper = round_[0].hyper
-                self._rule.set_options(wire.unpack(self._hyper))
+                self._take_options(self._rule, round_[0].hyper)
             gradient = weighted_mean([c.gradient for c in round_], [c.samples for c in round_], self._scratch)
-            self._rule.apply(self.weights, gradient)
+            if self._compensator is None:
+                self._rule.apply(self.weights, gradient)
+            else:
+                self._compensator.apply(self._rule, self.weights, gradient, round_[0], self.version)
         self.version += 1
+
+    def _take_options(self, rule: Rule, hyper: bytes) -> None:
+        self._hyper = hyper
+        options = wire.unpack(hyper)
+        rule.set_options(options)
+        if self._compensator is not None:
+            self._compensator.options_changed(options)
+
+    # ------------------------------------------------------------ what workers compute on
+
+    def given_to(self, slot: int) -> None:
+        """The weights as they are go to ``slot``, whose contributions may say that they were computed on them."""
+        if (bases := self.bases) is not None:
+            bases.given(slot, self.version)
+
+    def left_by(self, slot: int) -> None:
+        """No more contributions come from the worker that was in ``slot``."""
+        if (bases := self.bases) is not None:
+            bases.forget(slot)
+
+    def compensates(self, contribution: Contribution) -> bool:
+        """Whether what is to be done about late contributions can be done for this one, which comes next."""
+        return self._compensator is None or self._compensator.knows(contribution, self.version)
+
+    @property
+    def bases(self) -> Bases | None:
+        """The weights that are kept for workers' contributions; None where none are."""
+        return None if self._compensator is None else self._compensator.bases
+
+    # ------------------------------------------------------------ how it travels
+
+    @property
+    def coded_push(self) -> int:
+        """Bytes of a contribution that is encoded; 0: it is not."""
+        return (self.coding.pushed_bytes or 0) if self.coding is not None else 0
+
+    def decoded(self, payload: Buffer, seq: int) -> torch.Tensor | None:
+        """The contribution in ``payload``; None: it is not encoded. Raises :class:`ProtocolError`."""
+        return self.coding.gradient(payload, seq) if self.coding is not None and self.coded_push else None
+
+    def answer(self, slot: int, held: int, previous: bool) -> tuple[int, int, int, Buffer] | None:
+        """Version, view, base and payload of encoded weights, or of the previous ones, for a worker that has view
+        ``held``; None: they are to be sent as they are. See :class:`downpour_common.messages.WeightsCoded`."""
+        if self.coding is None or not self.coding.encodes or held < 0 or (previous and self.coding.follows):
+            return None
+        weights, version = (self.previous, self.previous_version) if previous else (self.weights, self.version)
+        return version, *self.coding.answer(slot, held, weights, version)
+
+    def forget_views(self) -> None:
+        """Nobody knows what the workers have."""
+        if self.coding is not None:
+            self.coding.forget()
 
     def _replace(self, round_: list[Contribution]) -> None:
         """Buffers: the mean over all slots of what each said last; integers are the lowest slot's."""
@@ -159,10 +230,22 @@ class StoredChunk:
             self._readers = [r for r in self._readers if not r.done]
             self._readers.append(sent)
 
+    def writable(self) -> torch.Tensor:
+        """The weights, to be changed by other means than :meth:`apply`; what is being sent stays as it is elsewhere."""
+        self._before_write()
+        return self.weights
+
     def _before_write(self) -> None:
         """Copy on write: a reader that is still sending keeps the old memory, so nobody sees a torn chunk."""
+        bases = self.bases
+        if bases is not None and self.lodging:
+            bases.let_go()  # its worker computes on the weights themselves, whatever becomes of them
         if self._keep_previous:
             self._keep_weights()
+        elif bases is not None and bases.wanted:
+            self.weights, kept = self.weights.clone(), self.weights
+            bases.keep(kept)
+            self._readers = []
         elif self._readers:
             if not all(r.done for r in self._readers):
                 self.weights = self.weights.clone()
@@ -207,30 +290,40 @@ class StoredChunk:
 
     # ------------------------------------------------------------ snapshots
 
-    def capture(self, reader: Sent) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def capture(
+        self, reader: Sent, waiting: Collection[tuple[int, int]] = ()
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What there is now: tensors by name (``weights`` and the rule's state), and the plain values beside them.
 
-        The tensors stay as they are until ``reader.done``: an update that comes before goes to copies.
+        The tensors stay as they are until ``reader.done``: an update that comes before goes to copies. ``waiting``:
+        slot and number of contributions that were seen and are not in the weights: to the windows they are not seen.
         """
         tensors = {"weights": self.weights.clone() if self.lodging else self.weights}
+        if self.reached is not None:
+            tensors["weights"] = self.reached
         self.being_read(reader)
         self._state_readers = [r for r in [*self._state_readers, reader] if not r.done]
         scalars: dict[str, float] = {}
-        for name, value in self._rule.state().items() if self._rule else ():
+        held = dict(self._rule.state()) if self._rule else {}
+        if self._compensator is not None:
+            held.update(self._compensator.state())
+        if self.coding is not None:
+            held.update(self.coding.state())
+        for name, value in held.items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
             else:
                 scalars[name] = value
-        windows = [
-            [slot, epoch, window.next_seq, sorted(window.above)] for slot, (epoch, window) in self._windows.items()
-        ]
+        windows = []
+        for slot, (epoch, window) in self._windows.items():
+            next_seq, above = window.without({seq for of, seq in waiting if of == slot})
+            windows.append([slot, epoch, next_seq, sorted(above)])
         return tensors, {"version": self.version, "scalars": scalars, "windows": windows}
 
     def adopt(self, hyper: bytes) -> None:
         """Go on with the options that were in force last, as another shard had them."""
         if hyper and self._rule is not None:
-            self._hyper = hyper
-            self._rule.set_options(wire.unpack(hyper))
+            self._take_options(self._rule, hyper)
 
     def restore(
         self,
@@ -244,7 +337,11 @@ class StoredChunk:
         self.version = version
         self.initialised = True
         if self._rule is not None:
-            self._rule.load_state(self.weights, dict(state))
+            self._rule.load_state(self.weights, {n: v for n, v in state.items() if not n.startswith((PREFIX, CODING))})
+        if self._compensator is not None:
+            self._compensator.load_state(state)
+        if self.coding is not None:
+            self.coding.load_state(state)
         for slot, epoch, next_seq, above in windows:
             self._windows[slot] = (epoch, DedupWindow(next_seq, set(above), unsettled=True))
 

@@ -32,6 +32,18 @@ KEYS = {
     "bytes": int,
     "wait_share": float,
     "staleness": dict,
+    "throughput": float,
+    "batch": float,
+    "batch_total": float,
+    "noise_scale": (float, type(None)),
+    "unmeasured": str,
+    "efficiency": (float, type(None)),
+    "goodput": (float, type(None)),
+    "by_worker": dict,
+    "by_server": dict,
+    "target": dict,
+    "late": dict,
+    "uncompensated": int,
     "clock_gap_max": int,
     "replicas": int,
     "ranks": int,
@@ -54,7 +66,7 @@ NOTE = 'naïve 😀 "quoted" \\ \x7f'
 def ended(make_box: Callable[[], Box]) -> Iterator[Ended]:
     """For :class:`TestAsync`."""
     box = make_box()
-    options = ("-w", "2", "-s", "2", "--json", "--seed", "5")
+    options = ("-w", "2", "-s", "2", "--json", "--seed", "5", "--target", "loss=2")
     yield box.run(*options, "own_modules/train.py", str(EPOCHS), NOTE)
     box.close()
 
@@ -72,7 +84,13 @@ class TestAsync:
         assert (document["job"], document["state"], document["exit_code"]) == ("train", "SUCCEEDED", 0)
         assert document["samples"] == EPOCHS * SAMPLES
         assert document["pushes"] >= document["samples"] / 16
-        assert set(document["staleness"]) == {"p50", "p99", "max"}
+        assert set(document["staleness"]) == {"mean", "p50", "p99", "max"}
+        assert set(document["by_worker"]) == {"worker/0", "worker/1"}
+        assert all(0 <= server["busy"] < 2 for server in document["by_server"].values())
+        assert document["throughput"] == document["samples_per_s"]
+        assert document["noise_scale"] is not None or document["unmeasured"]
+        assert document["target"]["reached"]["clock"] >= 0
+        assert json.loads((ended.out / "summary.json").read_text()) == document
         assert set(document["metrics"]) == {"loss"}
         assert (document["out"], document["warnings"]) == ("out", [])
         assert 0 < document["start_s"] < document["wall_s"]
@@ -125,9 +143,13 @@ class TestAsync:
 
     def test_metrics_have_one_row_per_call_of_log(self, ended: Ended) -> None:
         rows = [json.loads(line) for line in (ended.out / "metrics.jsonl").read_text().splitlines()]
-        assert Counter(row["worker"] for row in rows) == {0: EPOCHS, 1: EPOCHS}
-        assert all(isinstance(row["loss"], float) and row["clock"] >= 0 for row in rows)
-        assert ended.document["metrics"]["loss"] == rows[-1]["loss"]
+        logged = [row for row in rows if "worker" in row]
+        assert Counter(row["worker"] for row in logged) == {0: EPOCHS, 1: EPOCHS}
+        assert all(isinstance(row["loss"], float) and row["clock"] >= 0 for row in logged)
+        assert ended.document["metrics"]["loss"] == logged[-1]["loss"]
+        measured = [row["measures"] for row in rows if "measures" in row]
+        assert measured[-1]["throughput"] > 0
+        assert sum("reached" in row for row in rows) == 1
 
     def test_job_toml_says_what_was_run(self, ended: Ended) -> None:
         job = ended.job

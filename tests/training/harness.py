@@ -27,6 +27,7 @@ from downpour.context import WorkerContext
 from downpour.drain import EXIT_CODE
 from downpour.session import Session
 from downpour_common import messages as m
+from downpour_common.compensation import SPARE_BASES
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import Message
 from downpour_common.modes import parse_mode
@@ -140,6 +141,7 @@ class Job:
     folder: str = ""
     keeps: bool = False
     takes_over: bool = False
+    compensation: str = "off"
     kills: dict[int, list[int]] = field(default_factory=dict)
     deaths: int = 0
     services: dict[int, MortalShard] = field(default_factory=dict)
@@ -272,6 +274,10 @@ class Job:
             push_dtype=c.push_dtype,
             keep_previous=self.takes_over,
             skip_non_finite=c.on_nan != "fail",
+            compress=c.compress,
+            compensation=self.compensation,
+            bases=SPARE_BASES + c.inject_staleness,
+            warm_start=c.warm_start,
         )
         data = self.network.server(address)
         service = self.services[index] = MortalShard(config, data, self.network.client())

@@ -469,7 +469,7 @@ class World:
                 self.exported = f"model of {number}"
                 self._do(life.exported(self.exported, "", now_s))
             case FindCheckpoint():
-                facts = facts_for("job-1", self.spec, None, "")
+                facts = facts_for("job-1", life.spec, None, "")
                 if self.committed:
                     facts = replace(facts, resume=life.checkpoints.folder(self.committed[-1]), clock=5)
                 self._do(life.checkpoint_found(facts, now_s))

@@ -30,7 +30,7 @@ TYPES = sorted(
 AGENT = {"Heartbeat", "LogData", "NodeLeaving", "Ping", "ProcessEnded", "RegisterNode"}
 USER = {
     "CancelJob", "DescribeJob", "DrainNode", "GetFile", "ListFiles", "ListJobs", "ListNodes", "Ping", "PutBundle",
-    "CheckpointNow", "ScaleJob", "SubmitJob",
+    "CheckpointNow", "ScaleJob", "SetJob", "SubmitJob",
 }  # fmt: skip
 PROCESS = {
     "Agree", "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted",

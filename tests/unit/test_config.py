@@ -174,7 +174,7 @@ def test_a_field_that_does_not_exist_is_refused() -> None:
     [
         ({"wrokers": 3}, "wrokers: no such key; did you mean workers?"),
         ({"worker_label": {}}, "worker_label: no such key; did you mean worker_labels?"),
-        ({"zzz": 3}, "zzz: no such key; known: args, device, env, "),
+        ({"zzz": 3}, "zzz: no such key; known: args, compress, device, env, "),
         ({"n_push": 3}, "n_push: no such key here; it belongs below [settings]"),
         ({"settings": {"n_psuh": 3}}, "settings.n_psuh: no such key; did you mean n_push?"),
         ({"settings": {"seed": 3}}, "settings.seed: no such key here; it belongs above the tables"),

@@ -36,15 +36,21 @@ STATE_MACHINES = [
     "downpour_server/policy/*.py",
     "downpour_server/rules/*.py",
     "downpour_server/upload.py",
+    "downpour_server/vectors.py",
     "downpour_server/replica.py",
     "downpour_server/state.py",
     "downpour_coordinator/access.py",
+    "downpour_coordinator/changes.py",
     "downpour_coordinator/checkpointing.py",
     "downpour_coordinator/cluster.py",
     "downpour_coordinator/data.py",
     "downpour_coordinator/effects.py",
     "downpour_coordinator/facts.py",
+    "downpour_coordinator/lbfgs.py",
     "downpour_coordinator/leases.py",
+    "downpour_coordinator/linesearch.py",
+    "downpour_coordinator/minimiser.py",
+    "downpour_coordinator/portions.py",
     "downpour_coordinator/lifecycle.py",
     "downpour_coordinator/nodes.py",
     "downpour_coordinator/participants.py",
@@ -53,6 +59,7 @@ STATE_MACHINES = [
     "downpour_coordinator/reports.py",
     "downpour_coordinator/roster.py",
     "downpour_coordinator/snapshots.py",
+    "downpour_coordinator/spares.py",
     "downpour_coordinator/training.py",
     "downpour_deploy/agent/download.py",
     "downpour_deploy/agent/effects.py",
@@ -75,6 +82,8 @@ WITHOUT_TORCH = [
     "downpour_deploy/**/*.py",
     "downpour/jobs/**/*.py",
 ]
+COMPUTING = {"codecs", "rules"}
+"""Packages in what all share whose modules import torch; the packages themselves do not."""
 
 
 def sources(pattern: str) -> list[Path]:
@@ -151,8 +160,9 @@ def test_state_machines_know_neither_sockets_nor_clocks_nor_event_loops(pattern:
 
 @pytest.mark.parametrize("pattern", WITHOUT_TORCH)
 def test_the_control_plane_and_what_all_share_do_without_torch(pattern: str) -> None:
-    """They may ask for it in a function; importing them must not."""
-    assert [str(path) for path in sources(pattern) if "torch" in at_import(path)] == []
+    """They may ask for it in a function; importing them must not, but for those who compute, and are only asked to."""
+    found = [path for path in sources(pattern) if "torch" in at_import(path)]
+    assert [str(p) for p in found if p.parent.name not in COMPUTING or p.name == "__init__.py"] == []
 
 
 @pytest.mark.parametrize("module", ["pickle", "marshal", "shelve", "dill", "cloudpickle"])

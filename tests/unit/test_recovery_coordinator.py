@@ -579,6 +579,14 @@ def test_in_sync_a_dead_worker_is_taken_over_at_once() -> None:
     assert world.life.state == "SUCCEEDED"
 
 
+@pytest.mark.parametrize(("compress", "in_place"), [("pull=bf16", True), ("push=bf16", False), ("pull=1bit", False)])
+def test_in_sync_one_that_takes_what_it_owes_along_is_not_taken_over(compress: str, in_place: bool) -> None:
+    world = World(mode="sync", restarts=2, compress=compress).start()
+    world.end(("worker", 1), -9)
+    assert (world.phase is Phase.TRAINING) == in_place
+    assert world.life.failure is None or not in_place
+
+
 def test_in_sync_without_restarts_the_job_fails() -> None:
     world = World(mode="sync").start()
     world.end(("worker", 1), -9)

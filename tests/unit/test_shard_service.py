@@ -132,7 +132,7 @@ def test_a_shard_goes_on_after_a_message_that_makes_no_sense(message: m.Message)
 
 @pytest.mark.parametrize(
     "document",
-    [{}, {**MODEL.to_wire(), "rule": "Lion"}],
+    [{}, {**MODEL.to_wire(), "rule": "Lioness"}],
     ids=["malformed", "unknown rule"],
 )
 def test_a_shard_that_cannot_be_set_up_says_why(document: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from downpour.api import (
+    add_samples,
     barrier,
     clock,
     device,
@@ -21,6 +22,7 @@ from downpour.api import (
     forward_backward,
     is_chief,
     log,
+    minimize,
     prepare,
     pull,
     push,
@@ -28,7 +30,9 @@ from downpour.api import (
     save,
     seed,
     should_stop,
+    stop,
     unsplit,
+    version,
     world_size,
 )
 from downpour_common.errors import (
@@ -47,12 +51,14 @@ from downpour_common.errors import (
 )
 
 if TYPE_CHECKING:
+    from downpour import optim
     from downpour.clipping import clip_grad_norm_
     from downpour.jobs.api import Job, job, nodes, submit
     from downpour.jobs.errors import ClusterError, CoordinatorUnreachable, Forbidden, JobCancelled, NotFinished
     from downpour.jobs.status import JobStatus
     from downpour.parallel.branches import Branches
     from downpour.parallel.plan import Plan
+    from downpour.sandblaster import Minimum
 
 __all__ = [
     "Branches",
@@ -67,6 +73,7 @@ __all__ = [
     "JobCancelled",
     "JobFailed",
     "JobStatus",
+    "Minimum",
     "ModelError",
     "ModelMismatch",
     "NonFiniteContribution",
@@ -76,6 +83,7 @@ __all__ = [
     "PeerTimeout",
     "Plan",
     "ProtocolError",
+    "add_samples",
     "barrier",
     "clip_grad_norm_",
     "clock",
@@ -85,7 +93,9 @@ __all__ = [
     "is_chief",
     "job",
     "log",
+    "minimize",
     "nodes",
+    "optim",
     "prepare",
     "pull",
     "push",
@@ -93,8 +103,10 @@ __all__ = [
     "save",
     "seed",
     "should_stop",
+    "stop",
     "submit",
     "unsplit",
+    "version",
     "world_size",
 ]
 
@@ -105,8 +117,10 @@ _LATER = {
     ),
     "JobStatus": "downpour.jobs.status",
     "clip_grad_norm_": "downpour.clipping",
+    "Minimum": "downpour.sandblaster",
     "Branches": "downpour.parallel.branches",
     "Plan": "downpour.parallel.plan",
+    "optim": "downpour.optim",
 }
 """What few training scripts need, or what would import torch, imported at its first use."""
 
@@ -114,5 +128,6 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    module = importlib.import_module(_LATER[name])
+    value = globals()[name] = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     return value

@@ -18,9 +18,11 @@ from downpour_common.quick_start import defer_compiler
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.utils.data import DataLoader
 
     from downpour.parallel.microbatch import Criterion
     from downpour.parallel.plan import Plan
+    from downpour.sandblaster import Minimum
     from downpour.session import Session
 
 _context: WorkerContext | None = from_environment()
@@ -29,6 +31,10 @@ if _context is not None or _trial is not None:
     defer_compiler()
 _session: Session | None = None
 _local_model: Any = None
+_local_optimizer: Any = None
+"""a ``torch.optim.LBFGS``, if that was given"""
+_stopped = False
+"""without a launcher: whether this script has called :func:`stop`"""
 
 
 def prepare(*objects: Any, plan: Plan | None = None) -> Any:
@@ -48,9 +54,9 @@ def prepare(*objects: Any, plan: Plan | None = None) -> Any:
     Raises :class:`downpour.ModelError` for what cannot be distributed, :class:`downpour.ModelMismatch` when this
     worker's model differs from the job's, :class:`downpour.PeerTimeout` when the job does not come together.
     """
-    global _local_model
+    global _local_model, _local_optimizer
     from torch import nn
-    from torch.optim import Optimizer
+    from torch.optim import LBFGS, Optimizer
     from torch.utils.data import DataLoader
 
     models = [o for o in objects if isinstance(o, nn.Module)]
@@ -63,6 +69,7 @@ def prepare(*objects: Any, plan: Plan | None = None) -> Any:
             f"DataLoaders; it was given: {kinds or 'nothing'}"
         )
     _local_model = models[0] if models else None
+    _local_optimizer = optimizers[0] if optimizers and isinstance(optimizers[0], LBFGS) else None
     prepared: list[Any] = list(objects)
     new: Iterator[Any]
     if _context is not None:
@@ -173,6 +180,46 @@ def forward_backward(model: nn.Module, criterion: Criterion, inputs: Any, target
     return microbatched(model, criterion, inputs, targets, 1)
 
 
+def minimize(
+    model: nn.Module,
+    criterion: Criterion,
+    loader: DataLoader[Any],
+    *,
+    max_iterations: int | None = None,
+    max_evaluations: int | None = None,
+    tolerance_grad: float | None = None,
+    tolerance_change: float | None = None,
+    lr: float | None = None,
+    history: int | None = None,
+    weight_decay: float | None = None,
+) -> Minimum:
+    """Minimise the mean of ``criterion(outputs, targets)`` over all samples of ``loader``'s data set by L-BFGS with a
+    strong Wolfe line search (``--mode lbfgs``, Sandblaster: Dean et al. 2012, section 4.2).
+
+    In place of a training loop, after ``prepare(model, loader)``. All workers call it with the same arguments, compute
+    small portions of the data, and get the same result; the model has the minimum's weights then. ``criterion`` gives
+    the mean of a batch, which is of the loader's ``batch_size``; each sample counts once in each evaluation, so a
+    sampler or ``shuffle`` does not. The loss must be the same whenever it is computed: no dropout, no random
+    augmentation, batch norm in evaluation mode. Without a launcher ``torch.optim.LBFGS`` does the same alone.
+
+    ``max_iterations`` (100); ``max_evaluations`` of the whole data (none); ``tolerance_grad`` (1e-5): end where no
+    element of the gradient is larger; ``tolerance_change`` (1e-9): end where neither the loss nor any weight changes by
+    more; ``lr`` (1): the step that each line search tries first; ``history`` (10): pairs of changes that are
+    remembered; ``weight_decay`` w (0): adds ``w / 2 * |weights|²``. What is left out is taken from the
+    ``torch.optim.LBFGS`` that ``prepare`` was given, if it was given one.
+
+    Raises :class:`downpour.ConfigError` for another mode, other data, or other arguments than the other workers'.
+    """
+    from downpour.sandblaster import Data, Objective, Wishes, minimize_alone
+
+    wishes = Wishes(max_iterations, max_evaluations, tolerance_grad, tolerance_change, lr, history, weight_decay)
+    if _session is not None:
+        return _session.minimize(model, criterion, loader, wishes)
+    if _context is not None:
+        raise ConfigError("downpour.minimize: call downpour.prepare(model, loader) first")
+    return minimize_alone(Objective(model, criterion, Data(loader)), model, wishes, _local_optimizer)
+
+
 def unsplit(model: nn.Module) -> nn.Module:
     """``model`` with the newest weights, as one worker can run it alone: itself, or a copy if it is split over ranks.
 
@@ -237,13 +284,51 @@ def barrier() -> None:
         _session.barrier()
 
 
+def add_samples(count: int) -> None:
+    """Say that the gradient of the step to come is of ``count`` more samples, for scripts without a prepared loader.
+
+    Call it before ``optimizer.step()``. The job's throughput and progress count them, and ``sync`` weighs the workers'
+    gradients by them; a step that nothing is said of weighs as one sample and counts as none. :func:`push` is told
+    with its call. Raises :class:`downpour.ConfigError` for less than one sample.
+    """
+    if count < 1:
+        raise ConfigError(f"downpour.add_samples: {count} is not a number of samples")
+    if _session is not None:
+        _session.add_samples(int(count))
+
+
+def version() -> int:
+    """How many updates the servers had made to the weights that this worker computes on; 0 without a launcher.
+
+    Each chunk of the model counts its updates (in ``async`` and ``ssp`` one per worker's contribution, in ``sync`` one
+    per round); of these counts it is the least. It changes when weights are fetched. What was made with the weights of
+    version ``v``, and is learned from in a step after which the version is ``w``, was ``w - 1 - v`` updates old: the
+    *policy lag* of reinforcement learning. A server that comes back from a checkpoint counts on from there.
+    """
+    return 0 if _session is None else _session.version
+
+
+def stop(reason: str = "") -> None:
+    """Say that the training is done: :func:`should_stop` is true from now on, soon in all workers.
+
+    For scripts that end when a goal is reached and not after so many steps. Each worker leaves its loop where it asks
+    :func:`should_stop`, at a step of its own, and the job ends well when all scripts have ended. ``reason`` is written
+    to the run's ``metrics.jsonl``.
+    """
+    global _stopped
+    if _session is not None:
+        _session.stop(reason)
+    else:
+        _stopped = True
+
+
 def should_stop() -> bool:
-    """Whether this worker is to end (Ctrl-C, cancel, SIGTERM); a script may then leave its loop and end well.
+    """Whether this worker is to end (Ctrl-C, cancel, SIGTERM, :func:`stop`); a script may leave its loop and end well.
 
     After SIGTERM the worker leaves the job by itself at the end of the step: the script is ended by
     ``SystemExit``, with its ``finally`` blocks run.
     """
-    return _session is not None and _session.should_stop()
+    return _stopped or (_session is not None and _session.should_stop())
 
 
 def save(path: str) -> None:

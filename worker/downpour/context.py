@@ -71,6 +71,16 @@ class WorkerContext:
     """parts of a batch; 0: chosen, see :attr:`parts`"""
     interleave: int = 2
     """schedule ``interleaved``: stages of each rank"""
+    rule: str = ""
+    """``module:Class`` of an update rule of the job's own"""
+    compress: str = ""
+    """codecs of what travels"""
+    warm_start: int = 0
+    """steps that worker 0 takes alone before the others begin"""
+    clip: float = 0.0
+    """largest norm of a gradient; 0: any"""
+    inject_staleness: int = 0
+    """steps that each gradient is held back"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # JSON has lists

@@ -11,13 +11,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from downpour.client.core import REPEAT_S, Submission, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.context import WorkerContext
 from downpour.engine import Counters
 from downpour_common import messages as m
-from downpour_common.errors import MateLost, ModelMismatch, PeerRefused, PeerTimeout
+from downpour_common.errors import ConfigError, MateLost, ModelMismatch, PeerRefused, PeerTimeout
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Refusal, Request
 
@@ -77,18 +78,47 @@ class Control:
         else:
             self._unnoted.append(ticket)
 
+    def take_portion(
+        self, run: int, options: Mapping[str, Any], evaluation: int, portion: int, loss: float, samples: int
+    ) -> m.Portion | m.Minimised:
+        """Mode lbfgs: what to compute next, or the result; what is told is of the portion before. See
+        :class:`m.TakePortion`. Raises :class:`ConfigError` where this call is not as the other workers'."""
+        request = m.TakePortion(*self._me(), run, dict(options), evaluation, portion, loss, samples)
+        try:
+            answer = self._ask(request, "a portion of the data to compute", self._leave_point)
+        except PeerRefused as error:
+            if error.code == Refusal.DATA_DIFFERS:
+                raise ConfigError(error.reason) from None
+            raise
+        assert isinstance(answer, m.Portion | m.Minimised)
+        return answer
+
     def barrier(self) -> None:
         """Wait until every live worker is here. All barriers have one name, so that one who joins late finds them."""
         self._ask(m.EnterBarrier(*self._me(), "barrier"), "the other workers at the barrier", self._leave_point)
 
-    def agree(self, key: str, value: bytes | None = None) -> bytes:
+    def agree(
+        self,
+        key: str,
+        value: bytes | None = None,
+        leave_point: Callable[[], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> bytes:
         """The value that the job's workers have for ``key``: the first that was proposed, which may be ``value``.
-        Without one of its own this worker waits for another's, as long as it may take until all have joined."""
+        Without one of its own this worker waits for another's, as long as it may take until all have joined, or
+        ``timeout_s``. ``leave_point``: instead of this object's."""
         request = m.Agree(*self._me(), key, value or b"", value is not None)
         awaited = f"a worker's word on {key}"
-        answer = self._ask(request, awaited, self._leave_point, timeout_s=self._context.start_timeout_s)
+        timeout_s = self._context.start_timeout_s if timeout_s is None else timeout_s
+        answer = self._ask(request, awaited, leave_point or self._leave_point, timeout_s=timeout_s)
         assert isinstance(answer, m.Agreed)
         return answer.value
+
+    def propose(self, key: str, value: bytes) -> None:
+        """As :meth:`agree`, without waiting for what came of it; :meth:`settle` waits."""
+        ticket = Ticket(1)
+        self._unnoted.append(ticket)
+        self._submit(m.Agree(*self._me(), key, value, True), ticket, f"a word on {key} to be noted", math.inf)
 
     def log(self, clock: int, values: Mapping[str, float]) -> None:
         """Send scalars to the run's metrics; :meth:`settle` waits for them."""
@@ -99,6 +129,10 @@ class Control:
         ticket = Ticket(1)
         self._unnoted.append(ticket)
         self._submit(m.LogMetrics(*self._me(), clock, dict(values)), ticket, "metrics to be noted", math.inf)
+
+    def end_training(self, clock: int, reason: str) -> None:
+        """Have all workers told that the training is done."""
+        self._ask(m.EndTraining(*self._me(), clock, reason), "the end of the training to be noted", self._leave_point)
 
     def spans(self, line: bytes, ticket: Ticket) -> None:
         """Send what this worker has done, see :mod:`downpour.tracing`; nobody waits for it."""

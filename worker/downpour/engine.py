@@ -17,6 +17,7 @@ import torch
 
 from downpour.client.core import Ticket
 from downpour.client.parameters import ParameterClient, PushHeader
+from downpour.injection import HeldBack, Late
 from downpour.model import options_of
 from downpour.overlap import Overlap
 from downpour.space import FlatSpace
@@ -80,6 +81,9 @@ class Engine:
         self._ahead = False
         self._under_way: Ticket | None = None
         """with :meth:`fetch_ahead`: the push-pull of the step before"""
+        self._held_back: HeldBack | None = None
+        self._late: Late | None = None
+        """with :meth:`hold_back`: what is pushed"""
         self._accrued: dict[int, torch.Tensor] | None = None
         if self._n_push > 1:
             self._accrued = {i: torch.zeros_like(g) for i, g in space.gradients.items()}
@@ -95,6 +99,11 @@ class Engine:
         the step before (Dean et al. 2012, algorithm 7.1, fetches while it computes). ``staging`` must have mirrors."""
         self._ahead = True
         self._client.compute_on(self._client.fetched())
+
+    def hold_back(self, steps: int) -> None:
+        """From now on each gradient is pushed so many steps late; see :mod:`downpour.injection`. Weights must not be
+        the servers' own (in place), and chunks not leave ahead of their step (:meth:`overlap`)."""
+        self._held_back = HeldBack(steps)
 
     def add_samples(self, count: int) -> None:
         """The gradient at hand comes from ``count`` more samples."""
@@ -115,7 +124,9 @@ class Engine:
             self._look_for_non_finite()
         if failpoints.on:
             failpoints.hit("worker.push.before")
-        if self._ahead:
+        if self._held_back is not None:
+            self._push_late(self._held_back)
+        elif self._ahead:
             self._push_pull_ahead()
         elif (self._n_push, self._n_fetch) == (1, 1):
             self._push_pull(self._space.gradients)
@@ -150,6 +161,10 @@ class Engine:
         if self._overlap is not None:
             self._overlap.close()
         self._land()
+        if self._held_back is not None:
+            for late in self._held_back.rest():
+                self._bring(late)
+                self._push(self._space.gradients)
         if self._accrued is not None and (self.counters.clock - self._first_clock) % self._n_push:
             self._push(self._accrued)
 
@@ -159,6 +174,10 @@ class Engine:
         if number > self._seq:
             self._seq = self.counters.clock = number
             self.pull()
+
+    def meet(self, wait: Callable[[], None]) -> None:
+        """Come to a barrier; ``wait`` returns once every worker has."""
+        wait()
 
     def pull(self) -> None:
         """Fetch the newest weights now."""
@@ -192,6 +211,26 @@ class Engine:
         if push and self._accrued is not None:
             for accrued in self._accrued.values():
                 accrued.zero_()
+
+    def _push_late(self, held_back: HeldBack) -> None:
+        """Fetch, and push what is due."""
+        samples = 0 if self._empty else max(1, self._samples)
+        late = held_back.exchange(Late(self._space.gradients, self._client.fetched(), samples, self._position()))
+        self._samples, self._empty = 0, True
+        if late is None:
+            self.pull()
+        else:
+            self._bring(late)
+            self._push_pull(self._space.gradients)
+            self._late = None
+        self._client.compute_on(self._client.fetched())
+
+    def _bring(self, late: Late) -> None:
+        """The next push is of this one."""
+        for index, gradient in late.gradients.items():
+            self._space.gradients[index].copy_(gradient)
+        self._client.compute_on(late.versions)
+        self._samples, self._empty, self._late = late.samples, not late.samples, late
 
     def _push_pull(self, source: Mapping[int, torch.Tensor]) -> None:
         started_s = time.perf_counter()
@@ -259,7 +298,7 @@ class Engine:
                 answer = ticket.answer()
                 if answer is None:
                     break
-                assert isinstance(answer, (m.Weights, m.WeightsShared))
+                assert isinstance(answer, (m.Weights, m.WeightsShared, m.WeightsCoded))
                 self._staging.arrived(self._space.layout.chunks[answer.chunk])
         try:
             ticket.wait()
@@ -275,7 +314,8 @@ class Engine:
     def _header(self) -> PushHeader:
         hyper = [wire.pack(options_of(group)) for group in self._optimizer.param_groups]
         samples = 0 if self._empty else max(1, self._samples)
-        header = PushHeader(self._seq, samples, self._position(), hyper)
+        position = self._position() if self._late is None else self._late.position
+        header = PushHeader(self._seq, samples, position, hyper)
         self._seq += 1
         self._samples = 0
         self._empty = True

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from downpour.update_rule import Rule, check_steps_here, rule_of
 from downpour_common.dtypes import ITEMSIZE, TRAINABLE
 from downpour_common.errors import ModelError
 from downpour_common.layout import Kind, ModelSpec, TensorSpec
-from downpour_common.optimizers import IMPLEMENTATION_OPTIONS, RULE_NAMES
+from downpour_common.optimizers import IMPLEMENTATION_OPTIONS, OUTER_RULE
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +28,21 @@ class Described:
 
 
 def describe(
-    model: nn.Module | None, optimizer: torch.optim.Optimizer | None, buffers: str, meta: bool = False
+    model: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+    buffers: str,
+    meta: bool = False,
+    own_rule: str = "",
+    outer: Mapping[str, Any] | None = None,
 ) -> Described:
     """Describe what is to be trained. Raises :class:`ModelError` for what cannot be distributed, with the way out.
 
     Parameters in the optimizer that require gradients are trainable; all others are frozen: sent once, so that
     every worker has the same. Buffers that are not part of the state dict stay each worker's own. ``meta``: parameters
-    may be on the meta device, and are going to be on the host.
+    may be on the meta device, and are going to be on the host. ``own_rule``: ``module:Class`` that the job brings.
+    ``outer``: the optimizer steps in the worker, whatever it is, and the servers' rule is SGD with these options.
     """
-    rule, groups = _rule(optimizer)
+    rule, groups = _rule(optimizer, own_rule, outer is not None)
     named = _named_tensors(model, groups)
     specs: list[TensorSpec] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -61,9 +68,11 @@ def describe(
             "nothing to train: the optimizer holds no parameter that requires a gradient; "
             "check requires_grad and what was given to the optimizer"
         )
-    options = tuple(options_of(group) for group in optimizer.param_groups) if optimizer else ()
+    in_force = [] if optimizer is None else optimizer.param_groups
+    options = tuple(options_of(group) if outer is None else dict(outer) for group in in_force)
     device = _device([tensors[s.name] for s in specs if s.kind == "trainable"] or list(tensors.values()), meta)
-    return Described(ModelSpec(tuple(specs), rule, options, buffers), tensors, device)
+    spec = ModelSpec(tuple(specs), rule.name, options, buffers, whole=rule.whole)
+    return Described(spec, tensors, device)
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,16 +102,15 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, (numbers.Real, Decimal)) else None
 
 
-def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]:
-    """The update rule's name, and the parameter group of each parameter by id."""
+def _rule(optimizer: torch.optim.Optimizer | None, own_rule: str, local: bool) -> tuple[Rule, dict[int, int]]:
+    """The update rule, and the parameter group of each parameter by id. ``local``: it steps in the worker."""
     if optimizer is None:
-        return "", {}
-    cls = type(optimizer)
-    if cls.__name__ not in RULE_NAMES or getattr(torch.optim, cls.__name__, None) is not cls:
-        raise ModelError(
-            f"optimizer {cls.__module__}.{cls.__qualname__} has no update rule at the servers; "
-            f"use one of torch.optim's {', '.join(RULE_NAMES)}"
-        )
+        return Rule("", False), {}
+    groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    if local:
+        check_steps_here(optimizer)
+        return Rule(OUTER_RULE, False), groups
+    rule = rule_of(optimizer, own_rule)
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ModelError("an optimizer with differentiable=True cannot be distributed: the update runs elsewhere")
     if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values() if state):
@@ -110,7 +118,7 @@ def _rule(optimizer: torch.optim.Optimizer | None) -> tuple[str, dict[int, int]]
             "the optimizer has state already (steps taken, or load_state_dict), which the servers do not take over; "
             "give prepare a fresh optimizer, and go on from an earlier run with downpour run --resume DIR"
         )
-    return cls.__name__, {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    return rule, groups
 
 
 def _named_tensors(model: nn.Module | None, groups: Mapping[int, int]) -> list[tuple[list[str], torch.Tensor]]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from downpour.client.parameters import ParameterClient
 from downpour.client.thread import ClientThread
+from downpour.clipping import clip_grad_norm_
 from downpour.context import WorkerContext
 from downpour.control import Control
 from downpour.data.grouped import FollowingLoader, LeadLoader
@@ -25,16 +26,22 @@ from downpour.drain import EXIT_CODE, Drain
 from downpour.engine import Counters, Engine
 from downpour.exchange import StateExchange
 from downpour.files import save_state_dict
+from downpour.groups import check_groups
 from downpour.lighter import Lighter
+from downpour.local import LOCAL
+from downpour.local.engine import LocalJob
 from downpour.mirror import MirrorStaging
 from downpour.model import Described, describe
 from downpour.optimizer import adopt
 from downpour.parallel.relay import Word
 from downpour.randomness import StepSeeds
+from downpour.sandblaster import Data, Minimum, Objective, SandblasterEngine, Wishes, optimizer_for
 from downpour.space import FlatSpace
 from downpour.spans import span, stepped
 from downpour.staging import Staging, staging_for
 from downpour.takeover import Beginning
+from downpour.update_rule import check_parts
+from downpour.warm import WarmStart
 from downpour_common import failpoints, sharing
 from downpour_common import messages as m
 from downpour_common.errors import ConfigError, ModelError
@@ -64,6 +71,7 @@ class Session:
         self._workers = context.workers // context.ranks
         self._thread = ClientThread(transport, context.window_bytes, self._notice)
         self._control = Control(self._thread, context, self.leave_point)
+        self._warm = WarmStart(context, self._control)
         self._stop = threading.Event()
         self._training_thread = threading.get_ident()
         self._prepared = False
@@ -110,13 +118,17 @@ class Session:
                 "downpour.prepare was called twice in one worker; call it once with everything "
                 "(several networks: one nn.ModuleDict, one optimizer over all parameters)"
             )
+        optimizer = optimizer_for(self.context.parsed_mode, model, optimizer)
         if self.context.fetch == "layers":
             from downpour.layerwise.join import Layerwise
 
             self._layerwise = Layerwise(self.context, model, optimizer)
             described = self._layerwise.described
         else:
-            described = describe(model, optimizer, self.context.buffers)
+            c, mode = self.context, self.context.parsed_mode
+            outer = LOCAL[mode.name].outer(mode) if mode.local else None
+            described = describe(model, optimizer, c.buffers, own_rule=c.rule, outer=outer)
+        check_groups(self.context.parsed_mode, described.spec)
         self._prepared = True
         self._model = model
         self._training_thread = threading.get_ident()
@@ -124,6 +136,7 @@ class Session:
         lighter = None if model is None else Lighter(model, *kept)
         if self.context.ranks > 1:
             described = self._split(model, optimizer, loaders, described, plan)
+            check_parts(described.spec)
         if lighter is not None and model is not None:
             stages = () if self._replica is None else self._replica.stages
             lighter.apply(stages or [model], described.device)
@@ -155,7 +168,25 @@ class Session:
         if self.context.trace:
             self._trace(model)
         self._report(force=True)
+        self._await_warm_start(welcome.clock)
         return self._loaders
+
+    def _await_warm_start(self, clock: int) -> None:
+        """Let worker 0 take its first steps alone, and begin with its weights."""
+
+        def over() -> bool:
+            self.leave_point()
+            return self.should_stop()
+
+        def updates() -> int:
+            self.pull()
+            return self.version
+
+        with span("wait"):
+            waited = self._warm.wait(clock, updates, over)
+        if waited and self._exchange is not None:
+            self.pull()
+            self._exchange.pull_buffers()
 
     def _trace(self, model: nn.Module | None) -> None:
         from downpour.tracing import Tracer
@@ -202,6 +233,9 @@ class Session:
         # Accrued and rounded gradients and GPU mirrors lie elsewhere; there, payloads are sent.
         rounded = c.push_dtype == "bfloat16"
         shareable = c.shared_memory and described.device.type == "cpu" and c.n_push == 1 and not rounded
+        shareable = shareable and not c.compress  # which saves nothing where nothing travels
+        mode = c.parsed_mode
+        shareable &= mode.name not in ("easgd", "lbfgs")  # which push and pull apart
         offered = sharing.offer(SharedLayout(layout, c.rank)) if shareable else None
         memory = offered.view if offered else None
         mirrored = c.fetch_ahead and described.device.type == "cpu"
@@ -213,9 +247,22 @@ class Session:
         begins, clock = self._begin(self._exchange, client, welcome)
         if offered is not None:
             # Local steps between two fetches are this worker's own.
-            in_place = c.in_place and not c.fetch_ahead and (c.mode != "async" or c.n_fetch == 1)
+            late = c.fetch_ahead or c.inject_staleness > 0
+            in_place = c.in_place and not (late or mode.local) and (c.mode != "async" or c.n_fetch == 1)
             client.share(offered, in_place)
-        if optimizer is not None:
+        if optimizer is not None and mode.local:
+            greatest = int if self._replica is None else self._replica.greatest
+            job = LocalJob(mode, lambda: self.workers, greatest, self.leave_point, c.on_nan == "skip")
+            local = LOCAL[mode.name].engine(job, space, staging, client, optimizer, clock, begins.seq, self._where)
+            if self._model is not None:
+                local.watch(self._model)
+            self._engine = local
+            adopt(optimizer, self)
+        elif optimizer is not None and mode.name == "lbfgs":
+            self._engine = SandblasterEngine(
+                space, staging, client, optimizer, (1, 1), clock, begins.seq, lambda: self._position
+            )
+        elif optimizer is not None:
             self._engine = Engine(
                 space,
                 staging,
@@ -229,6 +276,8 @@ class Session:
             )
             if c.fetch_ahead:
                 self._engine.fetch_ahead()
+            elif c.inject_staleness:
+                self._engine.hold_back(c.inject_staleness)
             elif c.overlap == "auto" and c.ranks == 1:
                 self._engine.overlap()
             adopt(optimizer, self)
@@ -286,6 +335,8 @@ class Session:
         assert self._engine is not None
         own_data = not self._taken
         self._use_batches()
+        if not skipped:
+            self._clip()
         if self._replica is not None:
             self._replica.add_up_gradients()
         self._engine.step(local_step, skipped)
@@ -313,13 +364,20 @@ class Session:
         """Push the gradients at hand, without fetching."""
         if self._engine is None:
             raise ConfigError("downpour.push needs an optimizer; give one to downpour.prepare")
+        self._clip()
         if self._replica is not None:
             self._replica.add_up_gradients()
         self._engine.push(samples)
         self._stepped(not self._taken)
 
+    def _clip(self) -> None:
+        """Scale the gradients at hand down to the norm that the job allows, over all ranks of the replica."""
+        if self.context.clip and self._model is not None:
+            clip_grad_norm_(self._model, self.context.clip)
+
     def _stepped(self, own_data: bool) -> None:
         """``own_data``: no loader is going to tell of the next step's data."""
+        self._warm.stepped(self.clock)
         if own_data and self._seeds is not None:
             self._seeds.reseed(self.clock)
         for loader in self._loaders:
@@ -332,13 +390,62 @@ class Session:
             self.told(Word(stop=stop or leave, leave=leave))
         self.leave_point()
 
+    def minimize(self, model: nn.Module, criterion: Criterion, loader: DataLoader[Any], wishes: Wishes) -> Minimum:
+        """See :func:`downpour.minimize`."""
+        engine = self._engine
+        if not isinstance(engine, SandblasterEngine):
+            raise ConfigError(f"downpour.minimize belongs to --mode lbfgs; the mode of this job is {self.context.mode}")
+        if model is not self._model:
+            raise ConfigError("downpour.minimize: give it the model that downpour.prepare was given")
+
+        traced = self.clock
+
+        def between() -> None:
+            nonlocal traced
+            self._report()
+            if self._tracer is not None and self.clock > traced:
+                traced = self.clock
+                self._tracer.stepped(traced, self._moved())
+            self.leave_point()
+
+        objective = Objective(model, criterion, Data(loader))
+        return engine.minimize(objective, wishes, self.context.parsed_mode, self._control, between)
+
+    def add_samples(self, count: int) -> None:
+        """See :func:`downpour.add_samples`."""
+        if self._engine is None:
+            raise ConfigError("downpour.add_samples needs an optimizer; give one to downpour.prepare")
+        self._engine.add_samples(count)
+
+    @property
+    def version(self) -> int:
+        """See :func:`downpour.version`."""
+        return 0 if self._client is None else self._client.version
+
+    def stop(self, reason: str) -> None:
+        """See :func:`downpour.stop`."""
+        self._stop.set()
+        self._control.end_training(self.clock, reason)
+
     def log(self, values: Mapping[str, float]) -> None:
         """Send scalars to the run's metrics."""
         self._control.log(self.clock, values)
 
+    def _where(self) -> tuple[int, ...]:
+        """Position of the training data after the batches that the next contribution comes from."""
+        return self._position
+
     def barrier(self) -> None:
         """Wait until every live worker is here."""
         self.leave_point()
+        if self._engine is None:
+            self._wait_for_all()
+        else:
+            self._engine.meet(self._wait_for_all)
+        if self.context.parsed_mode.local:
+            self._fetched()
+
+    def _wait_for_all(self) -> None:
         with span("wait"):
             if self._replica is None or self._replica.leads:
                 self._control.barrier()
@@ -593,10 +700,16 @@ class Session:
         """In the client's thread: something that answers nothing."""
         match message:
             case m.ShouldStop():
-                self.drain.job_ends = True
+                self.drain.job_ends |= not message.by_script
                 self._stop.set()
+            case m.PortionOver():
+                if isinstance(self._engine, SandblasterEngine):
+                    self._engine.portion_over(message)
             case m.MembersChanged():
                 self._members_are(message.slots)
+            case m.ResidualWanted():
+                if self._client is not None:
+                    self._client.residual_wanted(message)
             case m.ShardMoved():
                 self._moves[message.shard] = message
                 if self._client is not None:

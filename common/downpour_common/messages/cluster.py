@@ -192,6 +192,19 @@ class CheckpointNow(Request):
 
 
 @dataclass(frozen=True, slots=True)
+class SetJob(Request):
+    """Go on with a changed description. Answered by :class:`Reply` at once with how far that is; asked again until it
+    is done. ``downpour run`` answers it as well."""
+
+    TAG = 111
+    job: str
+    token: str
+    """random; with the same token it is the same change"""
+    assignments: tuple[str, ...]
+    """``key=value`` each"""
+
+
+@dataclass(frozen=True, slots=True)
 class ListNodes(Request):
     """Answered by :class:`Reply` with ``nodes``."""
 

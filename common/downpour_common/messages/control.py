@@ -390,3 +390,15 @@ class ShouldStop(Message):
 
     TAG = 57
     reason: str
+    by_script: bool = False
+    """a worker's script has said so (:class:`EndTraining`): nothing interrupts the job, its workers end as always"""
+
+
+@dataclass(frozen=True, slots=True)
+class EndTraining(WorkerRequest):
+    """A worker's script finds that the job's training is done (``downpour.stop()``). Answered by :class:`Ack`; every
+    worker is told :class:`ShouldStop`, and again with each :class:`Progress` of its."""
+
+    TAG = 72
+    clock: int
+    reason: str

@@ -70,7 +70,7 @@ class Push(Contribution):
 
     TAG = 3
     payload: Buffer
-    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it"""
+    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it; or encoded by the job's codec"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class PushPull(Contribution):
 
     TAG = 4
     payload: Buffer
-    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it"""
+    """chunk.numel elements of ``dtypes.pushed_as(chunk.dtype, …)``, as the job has it; or encoded by the job's codec"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,9 @@ class Pull(Request):
     """-1: the newest"""
     after: int = -1
     """answered no earlier than a :class:`PushPull` of this number by the same worker would be; -1: as soon as may be"""
+    held: int = -1
+    """in a job whose weights are encoded: number of the view that the worker has, 0 for none; answered by
+    :class:`WeightsCoded` then. -1: the weights themselves are wanted, and the worker's view stays what it is"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,43 @@ class PushPullStaged(Contribution):
     """of the payload meant, as in :class:`Staged`; empty where its memory cannot have changed under way"""
 
 
+@dataclass(frozen=True, slots=True)
+class PushPullHeld(Contribution):
+    """As :class:`PushPull`, by a worker that has a view of the chunk. Answered by :class:`WeightsCoded`."""
+
+    TAG = 29
+    held: int
+    """number of its view, see :class:`WeightsCoded`"""
+    payload: Buffer
+    """the chunk's contribution as a :class:`PushPull` has it"""
+
+
+@dataclass(frozen=True, slots=True)
+class Residual(Request):
+    """What this worker still owes a chunk, as :class:`ResidualWanted` asks for it. Answered by :class:`Ack`."""
+
+    TAG = 15
+    job: str
+    slot: int
+    worker_epoch: int
+    snapshot: int
+    chunk: int
+    payload: Buffer
+    """chunk.nbytes bytes of float32"""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResidual(Request):
+    """What this slot's worker owed a chunk when the checkpoint was taken that the job goes on from. Answered by
+    :class:`ResidualKept`."""
+
+    TAG = 27
+    job: str
+    slot: int
+    worker_epoch: int
+    chunk: int
+
+
 # ---------------------------------------------------------------- a shard's follower → its leader
 
 
@@ -242,6 +282,8 @@ class HelloReply(Request):
     """the next seq that the shard expects in this worker's contributions to buffers, the lowest over its chunks"""
     ended: tuple[int, ...] = ()
     """(loader, epoch) of the pass whose :class:`EndEpoch` this slot has sent last; empty: none"""
+    residuals: bool = False
+    """the shard keeps what this slot's worker owed at a checkpoint, for :class:`FetchResidual`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +313,45 @@ class Staged(Request):
     TAG = 21
     digest: bytes
     """64-bit XXH3 of the payload as it came, most significant byte first"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsCoded(Request):
+    """A chunk's weights at ``version``, in a job whose weights are encoded.
+
+    With a codec that loses little, the payload is the weights, encoded; ``view`` and ``base`` are 0. With others a
+    worker has a *view*, which follows the weights: a payload with ``base`` 0 is the view itself, else an encoded
+    difference to the view of number ``base``, whose seed is ``view``.
+    """
+
+    TAG = 22
+    chunk: int
+    version: int
+    view: int
+    """number of the view that the worker has then"""
+    base: int
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualWanted(Message):
+    """What this worker owes the chunk before its next contribution to it belongs to a snapshot. It sends
+    :class:`Residual` before that, or before it leaves."""
+
+    TAG = 23
+    job: str
+    snapshot: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualKept(Request):
+    """The answer to :class:`FetchResidual`."""
+
+    TAG = 28
+    chunk: int
+    payload: Buffer
+    """chunk.nbytes bytes of float32; empty: nothing is owed"""
 
 
 # ---------------------------------------------------------------- a shard's leader → its follower

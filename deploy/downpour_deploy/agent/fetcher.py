@@ -48,7 +48,7 @@ class Fetcher:
         """Have everything here that ``process`` needs. Raises :class:`DownpourError`, :class:`OSError`."""
         job, wanted = process.job, [str(path) for path in document.get("fetch") or []]
         needs = [self._once(job, f"file {path}", functools.partial(self._file, job, path)) for path in wanted]
-        if process.role == "worker":
+        if process.role == "worker" or _runs_code(document):
             needs.append(self._once(job, "code", functools.partial(self._code, job, str(document.get("bundle")))))
         await asyncio.gather(*needs)
 
@@ -128,6 +128,12 @@ class Fetcher:
     def _ask(self, download: Download) -> None:
         for message in download.outgoing(self._clock()):
             self._send(message)
+
+
+def _runs_code(document: Document) -> bool:
+    """Whether the job brings an update rule of its own, which its shards import."""
+    spec = document.get("spec")
+    return isinstance(spec, dict) and bool(spec.get("rule"))
 
 
 def _failed(task: asyncio.Task[None]) -> bool:

@@ -25,6 +25,7 @@ from downpour_common import bundle
 from downpour_common.errors import BundleError, ConfigError
 from downpour_deploy.agent.effects import ProcessId
 
+WORK = "work"
 KEEP_BUNDLES = 8
 """Bundles kept beyond those of present jobs."""
 _PREFIX = "downpour-agent-"
@@ -69,8 +70,8 @@ class DataFolder:
         return path
 
     def work(self, job: str) -> str:
-        """Where the job's workers run."""
-        return os.path.join(self.path, "jobs", job, "work")
+        """Where the job's workers run, and where shards find an update rule that the job brings."""
+        return os.path.join(self.path, "jobs", job, WORK)
 
     def log(self, process: ProcessId) -> str:
         """The file for the process' output."""

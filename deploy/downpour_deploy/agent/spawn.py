@@ -11,6 +11,7 @@ from downpour_common.errors import ConfigError
 from downpour_common.messages import Document
 from downpour_deploy import launch
 from downpour_deploy.agent.effects import ProcessId
+from downpour_deploy.agent.folder import WORK
 
 SHARD_THREADS = 4
 """Most threads of a shard where neither the job nor the number of slots says otherwise."""
@@ -54,6 +55,7 @@ def process(host: Host, what: ProcessId, document: Document, folder: str) -> lau
             workers=int(document["workers"]),
             threads=int(document["threads"]) or _threads(host, what.role),
             folder=folder,
+            code=os.path.join(folder, WORK),
             follows=bool(document.get("follows", False)),
             term=int(document.get("term", -1)),
             keys=None if keys is None else dict(keys),

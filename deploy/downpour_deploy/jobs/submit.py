@@ -11,6 +11,7 @@ import typer
 from downpour_common import exitcodes
 from downpour_deploy.jobs.options import TIMEOUT_S, AsJson, Join, Keys, ResumeJob, Security, Timeout, cluster
 from downpour_deploy.jobs.report import print_json, reported, say
+from downpour_deploy.mode_options import MODE_HELP, Compress, GroupMode, Rule, Target
 from downpour_deploy.replica_options import Interleave, Microbatches, Pipeline, ScheduleOption, Tensor
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ def submit(
     shards: Annotated[
         int | None, typer.Option("-s", "--shards", metavar="N", help="Parameter-server shards. [default: 1]")
     ] = None,
-    mode: Annotated[
-        str | None, typer.Option("--mode", help="async | ssp:S (S clocks of slack) | sync. [default: async]")
-    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help=f"{MODE_HELP} [default: async]")] = None,
+    group_mode: GroupMode = None,
+    rule: Rule = None,
+    compress: Compress = None,
+    target: Target = None,
     device: Annotated[
         str | None, typer.Option("--device", help="What downpour.device() gives: auto | cpu | cuda. [default: auto]")
     ] = None,
@@ -111,12 +114,16 @@ def submit(
         from downpour.jobs.errors import BadJobFile, JobRefused
         from downpour.jobs.submission import describe
         from downpour_common.messages import Refusal
+        from downpour_common.modes import with_groups
 
         fields: dict[str, Any] = {
             "args": tuple(args) if args else None,
             "workers": workers,
             "shards": shards,
-            "mode": mode,
+            "mode": with_groups(mode or "async", group_mode) if group_mode else mode,
+            "rule": rule,
+            "compress": compress,
+            "target": target,
             "device": device,
             "seed": seed,
             "name": name,

@@ -9,6 +9,8 @@ from typing import Any
 from downpour.jobs.status import JobStatus, job_status
 from downpour_common.messages import Document
 from downpour_common.sizes import format_bytes
+from downpour_coordinator.losses import late_in_words
+from downpour_deploy.figures import measure_rows
 
 
 def clean(text: object) -> str:
@@ -148,6 +150,7 @@ def job_details(status: JobStatus) -> list[str]:
         rows.append(("restarts", f"{status.restarts} of {document.get('restarts_limit', 0)}"))
     if document.get("lost_pushes"):
         rows.append(("lost", f"{document['lost_pushes']:,} of the pushes, with shards that died"))
+    rows += _late(document)
     rows.append(("user", str(document.get("user", "")).removeprefix("user/")))
     for name in ("submitted", "started", "ended"):
         moment = document.get(f"{name}_s")
@@ -155,6 +158,7 @@ def job_details(status: JobStatus) -> list[str]:
             rows.append((name, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))))
     rows.append(("time", duration(status.elapsed_s)))
     rows += [(name, "-" if value is None else f"{value:.5g}") for name, value in status.metrics.items()]
+    rows += measure_rows(document, by_worker=True)
     if document.get("checkpoints"):
         rows.append(("checkpoints", ", ".join(map(str, document["checkpoints"]))))
     if document.get("checkpointing") and not status.ended:
@@ -204,17 +208,21 @@ def closing_lines(status: JobStatus) -> list[str]:
         rows.append(("steps", f"{result['steps']:,} per worker at most, {result.get('samples', 0):,} samples"))
         rate = f"{result.get('samples_per_s', 0):,.0f} samples/s over {result.get('train_s', 0):.1f} s"
         rows.append(("throughput", f"{rate}, {result.get('wait_share', 0):.0%} of it waiting"))
-    stale = result.get("staleness") or {}
-    if {"p50", "p99", "max"} <= set(stale):
-        rows.append(("staleness", f"median {stale['p50']}, 99 % {stale['p99']}, largest {stale['max']} updates"))
+    rows += measure_rows(result)
     if status.restarts:
         rows.append(("restarts", status.restarts))
     if result.get("lost_pushes"):
         rows.append(("lost", f"{result['lost_pushes']:,} of the pushes, with shards that died"))
+    rows += _late(result)
     rows.append(("time", duration(status.elapsed_s)))
     if status.model:
         rows.append(("weights", f"downpour get {status.id} -o FOLDER"))
     return columns(rows)
+
+
+def _late(document: Document) -> list[Sequence[object]]:
+    late = document.get("late")
+    return [("late", late_in_words(late))] if isinstance(late, dict) and late else []
 
 
 def dry_run_lines(local: Document) -> list[str]:

@@ -1,6 +1,7 @@
 """Policies: *when* contributions are applied and pulls answered. A new one is one file and one line here.
 
-Each chunk has its own :class:`Gate`, so chunks of one push stream through independently.
+Each chunk has its own :class:`Gate`, so chunks of one push stream through independently, and parameter groups may have
+policies of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Protocol
 from downpour_common.modes import Mode
 from downpour_server.contribution import Contribution
 from downpour_server.members import Awaited
-from downpour_server.policy import asynchronous, stale, synchronous
+from downpour_server.policy import asynchronous, exchanges, rounds, stale, synchronous
+from downpour_server.policy.rounds import Versioned
 
 Round = list[Contribution]
 """Contributions that are applied as one update, in the order in which they are reduced."""
@@ -50,12 +52,41 @@ class Gate(Protocol):
     def clock_gap(self, slot: int, seq: int) -> int:
         """Clocks by which ``slot``, having completed ``seq``, is ahead of the slowest awaited one."""
 
+    def waiting(self) -> Collection[tuple[int, int]]:
+        """Slot and number of each contribution of a present worker that has come and is not applied yet."""
 
-GateFactory = Callable[[Mode, Awaited], Gate]
+
+GateFactory = Callable[[Mode, Awaited, Versioned, Callable[[Contribution], None]], Gate]
+
+
+def _rounds(mode: Mode, members: Awaited, chunk: Versioned, too_late: Callable[[Contribution], None]) -> Gate:
+    """Rounds where not all is strictly synchronous: workers join and leave at any time."""
+    gate = rounds.RoundGate if mode.backup else exchanges.ExchangeGate
+    return gate(mode, members, chunk, too_late)
+
 
 POLICIES: dict[str, GateFactory] = {
-    "async": asynchronous.AsyncGate,
-    "ssp": stale.StaleGate,
-    "sync": synchronous.SyncGate,
+    "async": lambda mode, members, _chunk, _too_late: asynchronous.AsyncGate(mode, members),
+    "ssp": lambda mode, members, _chunk, _too_late: stale.StaleGate(mode, members),
+    "sync": _rounds,
+    "average": exchanges.ExchangeGate,
+    "diloco": exchanges.ExchangeGate,
+    "easgd": lambda mode, members, _chunk, _too_late: asynchronous.AsyncGate(mode, members),
+    "lbfgs": lambda mode, members, _chunk, _too_late: asynchronous.AsyncGate(mode, members),
 }
-"""By the name of the mode."""
+"""By the name of the mode, for what is trained; strictly synchronous jobs have gates of their own."""
+
+
+def gate_for(
+    mode: Mode, group: int, members: Awaited, chunk: Versioned, too_late: Callable[[Contribution], None]
+) -> Gate:
+    """The gate of a chunk in a job of this mode: of parameter group ``group``, or of buffers and frozen tensors (-1).
+
+    ``too_late`` is told of contributions that come after their round (``sync,backup=b``) and so are not applied.
+    """
+    if mode.synchronous:
+        return synchronous.SyncGate(mode, members)
+    if group < 0:
+        return asynchronous.AsyncGate(mode, members)
+    own = mode.of_group(group)
+    return POLICIES[own.name](own, members, chunk, too_late)

@@ -50,3 +50,7 @@ class AsyncGate:
     def clock_gap(self, _slot: int, _seq: int) -> int:
         """Not measured: nothing bounds it."""
         return 0
+
+    def waiting(self) -> list[tuple[int, int]]:
+        """None: all are applied at once."""
+        return []

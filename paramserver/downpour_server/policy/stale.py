@@ -9,6 +9,9 @@ it at different moments, on other shards especially, and would give it different
 others on one chunk while they wait for it on another, for ever. Therefore it is told the largest of them
 (:meth:`StaleGate.clock_of`) and numbers its contributions from there, the same on all chunks of all shards. Until its
 first contribution to a chunk the smaller clock stands there; so it sends that to all chunks before it awaits an answer.
+
+Where one takes its first steps alone (:meth:`StaleGate.let_lead`), all others count as being where these end, and begin
+there.
 """
 
 from __future__ import annotations
@@ -27,6 +30,11 @@ class StaleGate:
         self._bound = mode.staleness
         self._members = members
         self._done: dict[int, int] = {}
+        self._lead: tuple[int, int] = (0, 0)
+
+    def let_lead(self, slots: int, clock: int) -> None:
+        """The workers of the first ``slots`` slots are alone until this clock of the job."""
+        self._lead = (slots, clock)
 
     def offer(self, contribution: Contribution) -> list[list[Contribution]]:
         """See :class:`downpour_server.policy.Gate`."""
@@ -56,7 +64,9 @@ class StaleGate:
 
     def clock_of(self, slot: int) -> int:
         """See :class:`downpour_server.policy.Gate`."""
-        return self._done.get(slot, 0)
+        slots, clock = self._lead
+        first = clock - self._members.first_seq if slot >= slots else 0
+        return max(first, self._done.get(slot, 0))
 
     def may_answer(self, slot: int, seq: int) -> bool:
         """See :class:`downpour_server.policy.Gate`."""
@@ -71,6 +81,10 @@ class StaleGate:
         """See :class:`downpour_server.policy.Gate`."""
         slowest = min((self.clock_of(other) for other in self._members.awaited()), default=None)
         return 0 if slowest is None else self._clock(seq) - slowest
+
+    def waiting(self) -> list[tuple[int, int]]:
+        """None: all are applied at once."""
+        return []
 
     def _clock(self, seq: int) -> int:
         return seq + 1 - self._members.first_seq

@@ -72,3 +72,7 @@ class SyncGate:
     def clock_gap(self, _slot: int, _seq: int) -> int:
         """Zero by construction."""
         return 0
+
+    def waiting(self) -> list[tuple[int, int]]:
+        """See :class:`downpour_server.policy.Gate`."""
+        return [(c.slot, c.seq) for queue in self._queues.values() for c in queue]

@@ -1,7 +1,8 @@
-"""torch's own optimizers as update rules: one optimizer instance per chunk, fused where torch has it for CPUs.
+"""Optimizer classes as update rules: one instance per chunk, fused where torch has it for CPUs.
 
-All of them are elementwise, so an optimizer over a slice of the flat vector does exactly what it would do to
-the tensors in it (fused kernels round differently in the last bit).
+Most act element by element, so an optimizer over a slice of the flat vector does exactly what it would do to the
+tensors in it (fused kernels round differently in the last bit). Those that look at whole tensors are given chunks that
+are one, in its shape.
 """
 
 from __future__ import annotations
@@ -12,9 +13,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 from downpour_common.optimizers import IMPLEMENTATION_OPTIONS
+from downpour_common.rules import optimizer_class
 from downpour_server.rules.kernels import Update, update_of
 
 _FULL = frozenset({torch.float32, torch.float64})
@@ -23,20 +38,28 @@ _NEVER: frozenset[torch.dtype] = frozenset()
 
 
 class TorchRule:
-    """A :class:`downpour_server.rules.Rule` around one torch optimizer class."""
+    """A :class:`downpour_server.rules.Rule` around one optimizer class. ``shape``: of the whole tensor that the chunk
+    is; None: the rule sees the chunk as it is, flat."""
 
-    def __init__(self, optimizer: type[Optimizer], fused: frozenset[torch.dtype], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizer: type[Optimizer],
+        fused: frozenset[torch.dtype],
+        options: Mapping[str, Any],
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
         self._class = optimizer
         self._step = inspect.unwrap(optimizer.step)  # without hooks and profiling, which cost more than small updates
         self._fused = fused
         self._options = _usable(options)
+        self._shape = shape
         self._weights: torch.nn.Parameter | None = None
         self._optimizer: Optimizer | None = None
         self._update: Update | None = None
 
     def _bound_to(self, weights: torch.Tensor) -> tuple[torch.nn.Parameter, Optimizer]:
         if self._weights is None or self._optimizer is None:
-            self._weights = torch.nn.Parameter(weights)
+            self._weights = torch.nn.Parameter(self._shaped(weights))
             options = dict(self._options)
             if weights.dtype in self._fused:
                 options["fused"] = True
@@ -44,8 +67,12 @@ class TorchRule:
             self._optimizer = self._class([self._weights], **_accepted(self._class, options))
             self._optimizer.param_groups[0].update(options)
         elif self._weights.data_ptr() != weights.data_ptr():
-            self._weights.data = weights
+            self._weights.data = self._shaped(weights)
         return self._weights, self._optimizer
+
+    def _shaped(self, flat: torch.Tensor) -> torch.Tensor:
+        # A single number stays a vector of one: a count of steps, which has no shape, is no state of its weights.
+        return flat.view(self._shape) if self._shape else flat
 
     def set_options(self, options: Mapping[str, Any]) -> None:
         """See :class:`downpour_server.rules.Rule`."""
@@ -60,7 +87,7 @@ class TorchRule:
         if self._update is not None:
             self._update(weights, gradient)
             return
-        parameter.grad = gradient
+        parameter.grad = self._shaped(gradient)
         with torch.no_grad():
             self._step(optimizer)
         parameter.grad = None
@@ -73,7 +100,7 @@ class TorchRule:
         state: dict[str, torch.Tensor | float] = {}
         for name, value in self._optimizer.state[self._weights].items():
             if isinstance(value, torch.Tensor) and value.shape == self._weights.shape:
-                state[name] = value
+                state[name] = value.reshape(-1)
             elif value is not None:
                 state[name] = float(value)
         return state
@@ -83,8 +110,14 @@ class TorchRule:
         parameter, optimizer = self._bound_to(weights)
         self._update = None
         for name, value in state.items():
-            as_tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)
-            optimizer.state[parameter][name] = as_tensor
+            kept = self._shaped(value) if isinstance(value, torch.Tensor) else _scalar(value)
+            optimizer.state[parameter][name] = kept
+
+
+def _scalar(value: float) -> torch.Tensor:
+    """In float32, as torch's optimizers count steps, unless that would round it."""
+    single = torch.tensor(value, dtype=torch.float32)
+    return single if single.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
 def _usable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +129,7 @@ def _usable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accepted(optimizer: type[Optimizer], options: Mapping[str, Any]) -> dict[str, Any]:
-    known = optimizer.__init__.__code__.co_varnames
+    known = inspect.signature(optimizer).parameters
     return {name: value for name, value in options.items() if name in known}
 
 
@@ -109,3 +142,11 @@ rmsprop = partial(TorchRule, RMSprop, _NEVER)
 adamax = partial(TorchRule, Adamax, _NEVER)
 nadam = partial(TorchRule, NAdam, _NEVER)
 radam = partial(TorchRule, RAdam, _NEVER)
+adadelta = partial(TorchRule, Adadelta, _NEVER)
+asgd = partial(TorchRule, ASGD, _NEVER)
+rprop = partial(TorchRule, Rprop, _NEVER)
+
+
+def by_name(name: str, options: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> TorchRule:
+    """The rule of a class that is only imported where it is used."""
+    return TorchRule(optimizer_class(name), _NEVER, options, shape)

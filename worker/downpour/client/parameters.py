@@ -11,11 +11,13 @@ from typing import Protocol
 import torch
 
 from downpour.client.ahead import Ahead
+from downpour.client.coding import WorkerCoding
 from downpour.client.core import OnAnswer, Submission, Successor, Ticket
 from downpour.client.thread import DEADLINE_MARGIN_S, ClientThread
 from downpour.client.whole import pull_whole
 from downpour.context import WorkerContext
 from downpour_common import messages as m
+from downpour_common.compression import parse_compression
 from downpour_common.errors import PeerRefused, ProtocolError
 from downpour_common.layout import Chunk, Layout
 from downpour_common.messages import Request
@@ -78,6 +80,9 @@ class ParameterClient:
         """their first addresses, by which the thread knows them"""
         self._addresses = list(shards)
         self._memory = memory
+        compression = parse_compression(context.compress)
+        self._coding = WorkerCoding(compression) if compression else None
+        self._wanted: list[m.ResidualWanted] = []
         self._epochs = [0] * len(shards)
         self._replies: dict[int, m.HelloReply] = {}
         """by shard, the newest"""
@@ -85,7 +90,8 @@ class ParameterClient:
         self._offered: tuple[OfferedMemory, bool] | None = None
         self._left = False
         self._versions = self._base = [0] * len(layout.chunks)
-        self._bounded = context.parsed_mode.name == "ssp"
+        modes = (context.parsed_mode, *dict(context.parsed_mode.groups).values())
+        self._bounded = any(mode.name == "ssp" for mode in modes)
         self._first_seq = 0
         self._next_seq = -1
         """all contributions to trainable chunks below it have been submitted; -1: it is not known where to begin"""
@@ -103,6 +109,12 @@ class ParameterClient:
     def hello(self) -> list[m.HelloReply]:
         """Introduce this worker to every shard; they refuse a model of another layout. Returns their answers by shard;
         :meth:`begin_at` comes next."""
+        replies = self.hello_again()
+        self._fetch_residuals()
+        return replies
+
+    def hello_again(self) -> list[m.HelloReply]:
+        """As :meth:`hello`, by one who has done that: where the shards are by now."""
         self._everywhere(self._hello, "greeting", self._take_reply)
         return [self._replies[shard] for shard in range(len(self._shards))]
 
@@ -110,6 +122,15 @@ class ParameterClient:
         """Number of this worker's next contribution to trainable chunks, the same to all of them; in ``ssp`` this one
         waits for nothing, see :mod:`downpour_server.policy.stale`."""
         self._first_seq = self._next_seq = seq
+
+    def next_is(self, seq: int) -> None:
+        """All contributions below this number have been submitted, to whichever chunks, and some of it have not."""
+        self._next_seq = seq
+
+    def take_part(self) -> None:
+        """Tell the shards that their rounds are to wait for this worker from its next contribution on; see
+        :mod:`downpour_server.policy.exchanges`."""
+        self._everywhere(lambda number: self._hello(number, self._next_seq), "greeting", self._take_reply)
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -222,7 +243,16 @@ class ParameterClient:
             [
                 self._submission(
                     chunk,
-                    m.Pull(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index, version, after),
+                    m.Pull(
+                        self._thread.number(),
+                        c.job,
+                        c.slot,
+                        c.worker_epoch,
+                        chunk.index,
+                        version,
+                        after,
+                        -1 if self._coding is None else self._coding.held(chunk),
+                    ),
                     ticket,
                     f"weights of chunk {chunk.index}",
                 )
@@ -239,15 +269,30 @@ class ParameterClient:
         """As :meth:`push`, without waiting. ``last``: all chunks of this contribution have been submitted then."""
         chunks = list(chunks)
         ticket = Ticket(len(chunks))
+        self._pay()
         self._thread.submit(
             [
-                self._contribution(chunk, m.Push(*self._head(chunk, header), self._memory.gradient(chunk)), ticket)
+                self._contribution(chunk, m.Push(*self._head(chunk, header), self._payload(chunk, header)), ticket)
                 for chunk in chunks
             ]
         )
         if last and chunks and chunks[0].kind == "trainable":
             self._next_seq = header.seq + 1
         return ticket
+
+    def push_portion(self, chunks: Iterable[Chunk], samples: int, evaluation: int, portion: int) -> None:
+        """Mode lbfgs: send the gradient of a portion of the data, and wait until all shards have it; see
+        :class:`m.PushPortion`."""
+        chunks = list(chunks)
+        ticket, header = Ticket(len(chunks)), PushHeader(0, samples, (), [b""])
+        submissions = []
+        for chunk in chunks:
+            payload = self._memory.gradient(chunk)
+            self.traffic.bytes_sent += payload.nbytes
+            message = m.PushPortion(*self._head(chunk, header), evaluation, portion, payload)
+            submissions.append(self._contribution(chunk, message, ticket))
+        self._thread.submit(submissions)
+        ticket.wait()
 
     def fetched(self) -> list[int]:
         """The versions of the weights that have been fetched last, by chunk."""
@@ -257,9 +302,15 @@ class ParameterClient:
         """What is pushed from now on was computed on these versions, by chunk; until then, on those fetched last."""
         self._base = versions
 
+    @property
+    def version(self) -> int:
+        """Updates in the weights that this worker computes on: of its trainable chunks, the least."""
+        chunks = self._layout.of_column(self._context.rank).by_kind["trainable"]
+        return min((self._base[chunk.index] for chunk in chunks), default=0)
+
     def sends(self, chunk: Chunk) -> bool:
-        """Whether the chunk's contributions travel as payloads."""
-        return not self._attached[chunk.shard]
+        """Whether the chunk's contributions travel as payloads that may be sent ahead."""
+        return not self._attached[chunk.shard] and (self._coding is None or self._coding.stages(chunk))
 
     def stage(self, chunks: Iterable[Chunk]) -> None:
         """Send chunks' gradients ahead of the push-pull that is to come. Their memory may change meanwhile."""
@@ -275,19 +326,25 @@ class ParameterClient:
         if submissions:
             self._thread.submit(submissions)
 
-    def begin_push_pull(self, count: int, piecewise: bool = False) -> Ticket:
+    def begin_push_pull(self, count: int, piecewise: bool = False, last: bool = True) -> Ticket:
         """A ticket for ``count`` chunks that are pushed and fetched with :meth:`add_push_pull`, some at a time.
 
-        ``piecewise`` as in :meth:`start_pull`.
+        ``piecewise`` as in :meth:`start_pull`, ``last`` as in :meth:`start_push`.
         """
-        self._to_add = count
+        self._to_add = count if last else -1
+        self._pay()
         return Ticket(count, self._take_weights, piecewise)
 
     def add_push_pull(self, chunks: Iterable[Chunk], header: PushHeader, ticket: Ticket) -> None:
         """Send chunks' contributions; their new weights come with the answers."""
-        submissions = [self._push_pull(chunk, header, ticket) for chunk in chunks]
-        self._thread.submit(submissions)
-        self._to_add -= len(submissions)
+        if self._coding is None:
+            submissions = [self._push_pull(chunk, header, ticket) for chunk in chunks]
+            self._thread.submit(submissions)
+            self._to_add -= len(submissions)
+        else:
+            for chunk in chunks:  # which takes time: the first is on its way while the next is being encoded
+                self._thread.submit([self._push_pull(chunk, header, ticket)])
+                self._to_add -= 1
         if not self._to_add:
             self._next_seq = header.seq + 1
 
@@ -305,23 +362,78 @@ class ParameterClient:
             assert isinstance(message, m.Ack)
             rounds.append(message.version)
 
+        self._pay()
         self._everywhere(
             lambda number: m.EndEpoch(number, c.job, c.slot, c.worker_epoch, loader, epoch),
             "the end of the epoch in all other workers",
             on_answer,
             leave_point,
         )
+        self._pay()
         self._next_seq = max(rounds)
         return self._next_seq
 
     def leave(self) -> None:
         """No more contributions, ever."""
         self._left = True
+        self._pay()
         self._everywhere(self._leave, "leave to be noted")
 
     def _leave(self, number: int) -> m.Leave:
         c = self._context
         return m.Leave(number, c.job, c.slot, c.worker_epoch, self._next_seq)
+
+    # ------------------------------------------------------------ what is owed, see downpour.client.coding
+
+    def residual_wanted(self, notice: m.ResidualWanted) -> None:
+        """In any thread: what this worker owes a chunk, before its next contribution, belongs to a snapshot."""
+        self._wanted.append(notice)
+
+    def _pay(self) -> None:
+        """Tell the shards what they want to know of residuals, as these are now."""
+        wanted, self._wanted = self._wanted, []
+        if self._coding is None or not wanted:
+            return
+        c, submissions = self._context, []
+        for notice in wanted:
+            chunk = self._layout.chunks[notice.chunk]
+            owed, number = self._coding.residual(chunk), self._thread.number()
+            message = m.Residual(number, c.job, c.slot, c.worker_epoch, notice.snapshot, chunk.index, owed)
+            submissions.append(self._submission(chunk, message, Ticket(1), f"residual of chunk {chunk.index}"))
+        self._thread.submit(submissions)
+
+    def _fetch_residuals(self) -> None:
+        """Go on with what this slot's worker owed at the checkpoint that the job goes on from."""
+        coding, c = self._coding, self._context
+        if coding is None or not any(reply.residuals for reply in self._replies.values()):
+            return
+
+        def on_answer(message: Request) -> None:
+            assert isinstance(message, m.ResidualKept)
+            coding.owe(self._layout.chunks[message.chunk], message.payload)
+
+        own = self._layout.of_column(c.rank).by_kind["trainable"]
+        chunks = [x for x in own if coding.pushes(x) and self._replies[x.shard].residuals]
+        ticket = Ticket(len(chunks), on_answer)
+        self._thread.submit(
+            [
+                self._submission(
+                    chunk,
+                    m.FetchResidual(self._thread.number(), c.job, c.slot, c.worker_epoch, chunk.index),
+                    ticket,
+                    f"residual of chunk {chunk.index}",
+                )
+                for chunk in chunks
+            ]
+        )
+        ticket.wait()
+
+    def _payload(self, chunk: Chunk, header: PushHeader) -> memoryview:
+        """What is sent as the chunk's contribution; asked for once for each."""
+        gradient = self._memory.gradient(chunk)
+        if self._coding is None or not self._coding.pushes(chunk):
+            return gradient
+        return self._coding.encode(chunk, gradient, header.seq, header.samples > 0)
 
     # ------------------------------------------------------------ shards that move
 
@@ -424,7 +536,10 @@ class ParameterClient:
                 submission = self._contribution(chunk, m.PushPullStaged(*head, stage, digest), ticket)
                 submission.instead = partial(self._not_staged, chunk, header)
                 return submission
-        return self._contribution(chunk, m.PushPull(*head, self._memory.gradient(chunk)), ticket)
+        payload = self._payload(chunk, header)
+        if self._coding is not None and self._coding.differs(chunk):
+            return self._contribution(chunk, m.PushPullHeld(*head, self._coding.held(chunk), payload), ticket)
+        return self._contribution(chunk, m.PushPull(*head, payload), ticket)
 
     def _not_staged(self, chunk: Chunk, header: PushHeader) -> m.PushPull:
         """While answers are received: what is sent in place of a push-pull whose payload the shard does not hold."""
@@ -454,7 +569,7 @@ class ParameterClient:
 
     def _contribution(self, chunk: Chunk, message: m.Contribution, ticket: Ticket) -> Submission:
         match message:
-            case m.Push(payload=payload) | m.PushPull(payload=payload):
+            case m.Push(payload=payload) | m.PushPull(payload=payload) | m.PushPullHeld(payload=payload):
                 self.traffic.bytes_sent += memoryview(payload).nbytes
             case m.PushPullShared():
                 self.traffic.bytes_sent += chunk.nbytes
@@ -475,12 +590,24 @@ class ParameterClient:
 
     def _take_weights(self, message: Request) -> None:
         """In the client's thread: put the answer where it belongs."""
-        assert isinstance(message, (m.Weights, m.WeightsShared))
-        chunk = self._layout.chunks[message.chunk]
-        if isinstance(message, m.Weights):
-            self._memory.weights(chunk)[:] = _payload_of(message, chunk)
+        assert isinstance(message, (m.Weights, m.WeightsShared, m.WeightsCoded))
+        chunk, nbytes = self._layout.chunks[message.chunk], 0
+        match message:
+            case m.Weights():
+                self._memory.weights(chunk)[:] = _payload_of(message, chunk)
+                nbytes = chunk.nbytes
+                if self._coding is not None:
+                    self._coding.not_coded(chunk)
+            case m.WeightsCoded():
+                if self._coding is None:
+                    raise ProtocolError(f"chunk {chunk.index} comes encoded, and this job has no codecs")
+                nbytes = memoryview(message.payload).nbytes
+                if not self._coding.take(message, chunk, self._memory.weights(chunk)):
+                    return
+            case m.WeightsShared():
+                nbytes = chunk.nbytes
         self._versions[chunk.index] = message.version
-        self.traffic.bytes_received += chunk.nbytes
+        self.traffic.bytes_received += nbytes
 
     def _take_weights_to(self, place: Callable[[Chunk], memoryview], message: Request) -> None:
         """In the client's thread."""

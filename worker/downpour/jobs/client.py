@@ -30,6 +30,7 @@ from downpour_common.messages import (
     Reply,
     Request,
     ScaleJob,
+    SetJob,
 )
 from downpour_common.transport import ClientTransport
 
@@ -189,6 +190,10 @@ class ClusterClient:
     def checkpoint_now(self, job: str, token: str) -> Document:
         """Have a checkpoint begin now, once per ``token``; returns at once how far it is (``state``, ``number``)."""
         return self.ask(Reply, CheckpointNow, job, token).document
+
+    def set(self, job: str, token: str, assignments: tuple[str, ...]) -> Document:
+        """Have the job go on with these ``key=value``, once per ``token``; returns at once how far it is."""
+        return self.ask(Reply, SetJob, job, token, assignments).document
 
     def nodes(self) -> Document:
         """``{"nodes": [node document, …], "coordinator": {…}}``."""

@@ -19,6 +19,7 @@ from downpour_common.config import JobSpec, job_spec
 from downpour_common.errors import BundleError, ConfigError
 from downpour_common.jobfile import load, merge, travelling
 from downpour_common.messages import Ack, Document, PutBundle, Refusal, Reply, SubmitJob
+from downpour_common.optimizers import missing_rule
 from downpour_common.replicas import ranks_given
 
 _FRUITLESS = 3
@@ -71,6 +72,8 @@ def describe(script: str, fields: Mapping[str, Any], problems: tuple[str, ...] =
         path = str(merged.get("script", ""))
         if path and not os.path.isfile(path):
             found.append(f"{path}: no such file; give the path of the training script")
+        elif path:
+            found += missing_rule(str(merged.get("rule") or ""), path)
         merged.setdefault("workers", ranks_given(merged.get("tensor"), merged.get("pipeline")))
         merged.setdefault("shards", 1)
         if path:

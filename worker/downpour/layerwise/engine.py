@@ -168,7 +168,8 @@ class LayerwiseEngine(Engine):
     def _asked(self) -> tuple[int, int]:
         if self._mode.synchronous:
             return self._round, -1
-        bounded = self._mode.name == "ssp" and self._round > self._first_round
+        awaits = self._mode.name != "async" or bool(self._mode.groups)
+        bounded = awaits and self._round > self._first_round
         return -1, self._round - 1 if bounded else -1
 
     def _expect_all(self) -> None:

@@ -35,7 +35,7 @@ class Layerwise:
         self._context = context
         self._model = model
         self._unmade = Unmade(model)
-        found = describe(model, optimizer, context.buffers, meta=True)
+        found = describe(model, optimizer, context.buffers, meta=True, own_rule=context.rule)
         if any(t.device.type == "cuda" for t in found.tensors.values()):
             raise ModelError(
                 "fetch=layers trains on the CPU, and the model is on a CUDA device; leave it there and train with "
