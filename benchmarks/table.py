@@ -17,7 +17,10 @@ from bench_lib.markdown import TABLES, filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "model_parallel.md")
+FILES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("reliability.md", "model_parallel.md", "modes.md", "codecs.md")),
+)
 
 
 def documents(folder: Path = RESULTS) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-Document = Mapping[str, Any]
+from bench_lib.markdown_cells import Document, table, where
+from bench_lib.markdown_modes import MODE_TABLES
 
 NOT_MEASURED = "*Not measured yet.*"
 _SECTION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -72,9 +73,9 @@ def pushpull(document: Document) -> list[str]:
             )
         )
     settings = document["settings"]
-    note = f"{settings['payload_bytes'] / 1e6:g} MB each way, medians of {settings['runs']} runs. {_where(document)}"
+    note = f"{settings['payload_bytes'] / 1e6:g} MB each way, medians of {settings['runs']} runs. {where(document)}"
     heads = ("", "median", "GB/s", "of the bare ZeroMQ stream")
-    return [*_table(heads, rows), "", note, *_left_out(document)]
+    return [*table(heads, rows), "", note, *_left_out(document)]
 
 
 def training(document: Document) -> list[str]:
@@ -96,10 +97,10 @@ def training(document: Document) -> list[str]:
         workload = section["workload"]
         note = (
             f"{workload['batch']} samples per step and worker; medians of {section['rounds']} turns of "
-            f"{workload['steps']} steps. {_where(section)}"
+            f"{workload['steps']} steps. {where(section)}"
         )
         heads = (WORKLOADS.get(name, name), "step", "samples/s", "÷ plain", "÷ DDP")
-        lines += [*([""] if lines else []), *_table(heads, rows), "", note, *_left_out(section)]
+        lines += [*([""] if lines else []), *table(heads, rows), "", note, *_left_out(section)]
     return lines
 
 
@@ -118,9 +119,9 @@ def busy(document: Document) -> list[str]:
                 )
             )
     settings = document["settings"]
-    note = f"{settings['megabytes']} MB, medians of {settings['runs']} turns. {_where(document)}"
+    note = f"{settings['megabytes']} MB, medians of {settings['runs']} turns. {where(document)}"
     heads = ("", "GB/s alone", "GB/s beside the thread", "kept", "the thread keeps")
-    return [*_table(heads, rows), "", note, *_left_out(document)]
+    return [*table(heads, rows), "", note, *_left_out(document)]
 
 
 def memory(document: Document) -> list[str]:
@@ -135,9 +136,9 @@ def memory(document: Document) -> list[str]:
                 *(f"{row[key] / 1e6:.0f}" for key in ("plain", "worker", "worker_limit", "shard", "shard_limit")),
             )
         )
-    note = f"A model of {document['settings']['model_bytes'] / 1e6:.0f} MB; MB at the peak. {_where(document)}"
+    note = f"A model of {document['settings']['model_bytes'] / 1e6:.0f} MB; MB at the peak. {where(document)}"
     heads = ("", "workers", "plain script", "worker", "at most", "shard", "at most")
-    return [*_table(heads, rows), "", note]
+    return [*table(heads, rows), "", note]
 
 
 def accuracy(document: Document) -> list[str]:
@@ -149,7 +150,7 @@ def accuracy(document: Document) -> list[str]:
         for script, by_mode in document.items()
     ]
     seeds = max(len(values) for by_mode in document.values() for values in by_mode.values())
-    return [*_table(("", *modes), rows), "", f"Medians of {seeds} seeds."]
+    return [*table(("", *modes), rows), "", f"Medians of {seeds} seeds."]
 
 
 def recovery(document: Document) -> list[str]:
@@ -188,8 +189,8 @@ def recovery(document: Document) -> list[str]:
         )
         for row in document["costs"].values()
     ]
-    lines = [*_table(heads, rows), "", *_table(("what being ready costs", "a step without", "with", "ratio"), costs)]
-    note = f"Two workers, one shard; SIGKILL; medians over the kills, pushes per kill. {_where(document)}"
+    lines = [*table(heads, rows), "", *table(("what being ready costs", "a step without", "with", "ratio"), costs)]
+    note = f"Two workers, one shard; SIGKILL; medians over the kills, pushes per kill. {where(document)}"
     return [*lines, "", note, *_left_out(document)]
 
 
@@ -203,10 +204,10 @@ def model_parallel(document: Document) -> list[str]:
         "weights": _differences,
     }
     lines: list[str] = []
-    for name, table in shown.items():
+    for name, rows_of in shown.items():
         if name in document["sections"]:
             section = document["sections"][name]
-            lines += [*([""] if lines else []), *table(section), "", _where(section)]
+            lines += [*([""] if lines else []), *rows_of(section), "", where(section)]
     return lines
 
 
@@ -222,7 +223,7 @@ def _utilisation(section: Document) -> list[str]:
         )
         for schedule, by_count in by_schedule.items()
     ]
-    return _table(("utilisation, measured of at best", *(f"m = {count}" for count in counts)), rows)
+    return table(("utilisation, measured of at best", *(f"m = {count}" for count in counts)), rows)
 
 
 def _activations(section: Document) -> list[str]:
@@ -232,7 +233,7 @@ def _activations(section: Document) -> list[str]:
         for schedule in dict.fromkeys(row["schedule"] for row in section["rows"]):
             sizes = {r["microbatches"]: max(r[key]) for r in section["rows"] if r["schedule"] == schedule}
             rows.append((f"{what}, `{schedule}`", *(f"{sizes[count] / 1e6:.1f}" for count in counts)))
-    return _table(("MB, of the rank with the most", *(f"m = {count}" for count in counts)), rows)
+    return table(("MB, of the rank with the most", *(f"m = {count}" for count in counts)), rows)
 
 
 def _parts(section: Document) -> list[str]:
@@ -245,7 +246,7 @@ def _parts(section: Document) -> list[str]:
         for row in section["rows"]
     ]
     heads = ("per rank", "holds, MB", "pushes and pulls, MB", "holds at most, of unsplit", "moves at most, of unsplit")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _split_steps(section: Document) -> list[str]:
@@ -257,7 +258,7 @@ def _split_steps(section: Document) -> list[str]:
         "An unsplit worker has all cores for its matrices; ranks share them, and must talk besides. So this is what "
         "splitting costs where it is not needed, not what it brings on devices of their own."
     )
-    return [*_table(("one replica, the same batch", "step", "÷ unsplit"), rows), "", reading]
+    return [*table(("one replica, the same batch", "step", "÷ unsplit"), rows), "", reading]
 
 
 def _differences(section: Document) -> list[str]:
@@ -272,7 +273,7 @@ def _differences(section: Document) -> list[str]:
         )
         for split, replicas in ways
     ]
-    return _table(("largest difference of any weight after 20 steps", *found), rows)
+    return table(("largest difference of any weight after 20 steps", *found), rows)
 
 
 def layerwise(document: Document) -> list[str]:
@@ -287,8 +288,8 @@ def layerwise(document: Document) -> list[str]:
             words = f"{names[row['way']]}, {row['workers']} × {row['batch']} samples"
             rows.append((words, *sizes, f"{1e3 * row['step_s']:.0f} ms", f"{ratio:.2f}"))
     heads = ("", "budget", "held at most", "the process' peak", "moved per step", "step", "÷ all of it")
-    note = f"MB. A model of {_mb(document['settings']['model_bytes'])} MB of weights, SGD, `sync`. {_where(document)}"
-    return [*_table(heads, rows), "", note]
+    note = f"MB. A model of {_mb(document['settings']['model_bytes'])} MB of weights, SGD, `sync`. {where(document)}"
+    return [*table(heads, rows), "", note]
 
 
 TABLES: dict[str, Callable[[Document], list[str]]] = {
@@ -300,6 +301,7 @@ TABLES: dict[str, Callable[[Document], list[str]]] = {
     "recovery": recovery,
     "model_parallel": model_parallel,
     "layerwise": layerwise,
+    **MODE_TABLES,
 }
 """By the name of the JSON file and of the section in the README or in docs/."""
 PICTURES = {"pushpull": "Times to push and pull", "training": "Samples per second"}
@@ -312,7 +314,7 @@ def filled(text: str, documents: Mapping[str, Document]) -> str:
     Raises :class:`KeyError` for a section whose name is not known.
     """
 
-    def table(match: re.Match[str]) -> str:
+    def section(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         make = TABLES[name]
         lines = make(documents[name]) if name in documents else [NOT_MEASURED]
@@ -320,7 +322,7 @@ def filled(text: str, documents: Mapping[str, Document]) -> str:
             lines += ["", f"![{PICTURES[name]}](docs/img/{name}.svg)"]
         return opening + "\n" + "\n".join(lines) + "\n\n" + closing
 
-    return _SECTION.sub(table, text)
+    return _SECTION.sub(section, text)
 
 
 def sections(text: str) -> list[str]:
@@ -328,21 +330,8 @@ def sections(text: str) -> list[str]:
     return [match[2] for match in _SECTION.finditer(text)]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    aligned = ["---", *["---:"] * (len(heads) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (heads, aligned, *rows)]
-
-
 def _mb(size: float) -> str:
     return f"{size / 1e6:.1f}"
-
-
-def _where(document: Document) -> str:
-    machine = document["machine"]
-    return (
-        f"{document['date'][:10]}, {machine['cpu_model']}, {machine['cores']} cores, torch {machine['torch']}, "
-        f"libzmq {machine['libzmq']}."
-    )
 
 
 def _left_out(document: Document) -> list[str]:
