@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import downpour
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
-CONTEXT, MAX_CHARS = 32, 100_000
+CONTEXT, MAX_CHARS = 32, 80_000
 
 
 def digits() -> tuple[nn.Module, TensorDataset, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def chars() -> tuple[nn.Module, TensorDataset, Tensor, Tensor]:
     windows = symbols.unfold(0, CONTEXT + 1, CONTEXT)
     held_out = len(windows) // 10
     train, test = windows[:-held_out], windows[-held_out:]
-    model = char_transformer.CharTransformer(alphabet, CONTEXT, 48, 2)
+    model = char_transformer.CharTransformer(alphabet, CONTEXT, 32, 2)
     return model, TensorDataset(train[:, :-1], train[:, 1:]), test[:, :-1], test[:, 1:]
 
 

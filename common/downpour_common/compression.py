@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from downpour_common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from downpour_common.layout import Chunk
 
 CODECS: dict[str, float] = {
     "fp16": 0.0,
@@ -69,6 +73,11 @@ class Compression:
 
 
 NO_COMPRESSION = Compression()
+
+
+def is_coded(chunk: Chunk) -> bool:
+    """Whether the job's codecs are for this chunk."""
+    return chunk.kind == "trainable" and chunk.dtype == CODED_DTYPE
 
 
 def parse_compression(text: str) -> Compression:

@@ -406,8 +406,6 @@ def _of_local_steps(spec: JobSpec) -> list[str]:
     problems = []
     if settings.fetch == "layers":
         problems.append(f"settings.fetch: layers keeps no weights between steps, which mode {mode} trains on")
-    if settings.inject_staleness:
-        problems.append(f"settings.inject_staleness: mode {mode} pushes no gradients that could be held back")
     if mode.name == "easgd" and spec.ranks > 1:
         problems.append(f"mode: {mode} is for replicas of one worker each; with --tensor and --pipeline use average")
     if mode.name == "diloco" and mode.option("fragments") > mode.every:
@@ -538,7 +536,8 @@ def _in_words(item: ErrorDetails) -> str:
             return f"{where}: expected a text, in quotes (found {item['input']!r})"
         case "dict_type" | "model_type":
             return f"{where}: expected a table, [{where}] (found {item['input']!r})"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})"
+    what = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if "found " in what else f"{where}: {what} (found {item['input']!r})"
 
 
 def _unknown(path: list[str]) -> str:

@@ -157,8 +157,9 @@ def _table(outcome: Outcome) -> Table:
         table.add_row("compensation", f"{outcome.uncompensated:,} contributions to chunks were applied without it")
     if outcome.late:
         table.add_row("late", late_in_words(outcome.late))
-    for name, text in measure_rows(outcome.document(), by_worker=outcome.ranks == 1 < outcome.replicas):
-        table.add_row(name, text)
+    if outcome.steps:
+        for name, text in measure_rows(outcome.document(), by_worker=outcome.ranks == 1 < outcome.replicas):
+            table.add_row(name, text)
     table.add_row(
         "time",
         f"{outcome.wall_s:.1f} s" + (f", first step after {outcome.start_s:.1f} s" if outcome.start_s else ""),

@@ -324,6 +324,10 @@ class Lifecycle:
         """Time since the first step, or that it took."""
         return (self.trained_s or now_s) - self.first_step_s if self.first_step_s is not None else 0.0
 
+    def counted_s(self, now_s: float) -> float:
+        """As :meth:`train_s`, since all of the job last began together: what steps and samples are counted from."""
+        return self.train_s(now_s) if self._trains_s is None else (self.trained_s or now_s) - self._trains_s
+
     def stop(self, reason: str, keep: bool, now_s: float) -> list[Effect]:
         """End the job; ``keep``: with a checkpoint of where it is. A second time: end everything at once."""
         effects: list[Effect] = []
@@ -934,12 +938,7 @@ class Lifecycle:
         """From the newest checkpoint on, with this description."""
         effects.append(LogRow({"changed": differences(self.spec, spec), "checkpoint": self.changes.number}))
         effects.append(SpecChanged())
-        if spec.target == self.spec.target:
-            recorder, watched = Recorder(spec), self.recorder.target.document()
-            recorder.target.restore(watched)
-            self.recorder = recorder
-        else:
-            self.recorder = Recorder(spec)
+        self.recorder.change(spec)
         self.spec = spec
         self.origin = replace(self.origin, mode=spec.parsed_mode)
         self.checkpoints.settings(spec.settings)

@@ -118,7 +118,7 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
         state = "INTERRUPTED" if job.interrupted == "INTERRUPTED" else "CANCELLED"
         code = exitcodes.JOB_CANCELLED
     began_s = now_s if job.begun_s is None else job.begun_s
-    first_s, trained_s = job.first_step_s, job.trained_s or now_s
+    first_s = job.first_step_s
     outcome = Outcome(
         job=job.spec.name,
         state=state,
@@ -126,7 +126,7 @@ def outcome_of(job: Lifecycle, out: str, now_s: float) -> Outcome:
         out=out,
         model=os.path.join(out, "model.safetensors") if job.model else None,
         wall_s=now_s - began_s,
-        train_s=trained_s - first_s if first_s is not None else 0.0,
+        train_s=job.counted_s(now_s),
         start_s=first_s - began_s if first_s is not None else None,
         failure=job.failure,
         replicas=job.wanted // job.spec.ranks,

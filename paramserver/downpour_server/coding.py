@@ -16,7 +16,7 @@ import torch
 from downpour_common.codecs import codec_for
 from downpour_common.codecs.base import Codec, as_memory, as_tensor
 from downpour_common.codecs.feedback import seed_of
-from downpour_common.compression import CODED_DTYPE, Compression
+from downpour_common.compression import Compression, is_coded
 from downpour_common.layout import Chunk
 from downpour_common.messages import Buffer
 from downpour_server.tensors import as_bytes
@@ -24,11 +24,6 @@ from downpour_server.tensors import as_bytes
 PREFIX = "codec."
 """With which the names of what is kept here begin in a checkpoint."""
 _RESIDUAL = f"{PREFIX}residual."
-
-
-def is_coded(chunk: Chunk) -> bool:
-    """Whether the job's codecs are for this chunk."""
-    return chunk.kind == "trainable" and chunk.dtype == CODED_DTYPE
 
 
 def coding_for(chunk: Chunk, compression: Compression, together: bool) -> ChunkCoding | None:
@@ -118,10 +113,16 @@ class ChunkCoding:
             self._views[-1], data = self._moved(before, weights)
             self._step = before.number, data
 
-    def forget(self, slot: int | None = None) -> None:
-        """Nothing is known of what the worker in ``slot`` has; None: of what any has on its own."""
-        for known in [s for s in self._views if s >= 0 and slot in (None, s)]:
-            del self._views[known]
+    def forget(self, slot: int) -> None:
+        """Nothing is known of what the worker in ``slot`` has on its own."""
+        self._views.pop(slot, None)
+
+    def take_place(self, term: int) -> None:
+        """Nothing is known of what any worker has on its own: it has that from a former shard, whose views have other
+        numbers than those of this ``term`` from now on."""
+        if not self._together:
+            self._views.clear()
+            self._number = term << 32
 
     def _moved(self, view: _View, weights: torch.Tensor) -> tuple[_View, Buffer]:
         assert self._pull is not None

@@ -26,7 +26,7 @@ from downpour_common.errors import ProtocolError
 from downpour_common.messages import Buffer, Message
 from downpour_common.transport import Peer
 from downpour_server.effects import Effect, Kept, Reply, SendKept, SendWeights, Tell
-from downpour_server.shard import Shard
+from downpour_server.shard import NOBODY, Shard
 from downpour_server.snapshot import Reading
 from downpour_server.state import Image, Received
 
@@ -382,7 +382,7 @@ class Follower:
                 if isinstance(message, m.SetMembers):
                     self.shard.take_members(message)
                 else:
-                    self.shard.handle(b"", message, 0.0)
+                    self.shard.handle(NOBODY, message, 0.0)
             except ProtocolError:
                 self.malformed += 1
 

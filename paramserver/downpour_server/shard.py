@@ -68,6 +68,10 @@ FromWorker = (
 """What a worker sends, which says who it is."""
 
 
+NOBODY = b""
+"""Who has sent what a follower takes."""
+
+
 @dataclass(slots=True)
 class _Ending:
     """An EndEpoch that is not answered yet."""
@@ -188,6 +192,8 @@ class Shard:
         """
         self._members.first_seq = first_seq
         self._recovered = True
+        for stored in self._trainable:
+            stored.forget_views(self.identity.shard_epoch)
 
     def handle(self, peer: Peer, message: Message, now_s: float) -> list[Effect]:
         """Take one message from a worker; returns what is to be done, in order."""
@@ -378,7 +384,7 @@ class Shard:
         self._fetches = {index: [] for index in self.chunks}
         self._ending.clear()
         for stored in self._trainable:
-            stored.forget_views()  # whatever the leader before has sent
+            stored.forget_views(term)  # whatever the leader before has sent
 
     def knows(self, message: FromWorker) -> bool:
         """Whether the message, for who its sender is alone, changes nothing here."""
@@ -634,8 +640,9 @@ class Shard:
         self._fetches[index] = kept
 
     def _sent(self, stored: StoredChunk, fetch: _Fetch, previous: bool = False) -> Reply | SendWeights:
-        """The weights, or the previous ones, as a payload: encoded, if the job's are and the worker wants them so."""
-        coded = stored.answer(fetch.slot, fetch.held, previous)
+        """The weights, or the previous ones, as a payload: encoded, if the job's are and the worker wants them so. A
+        follower's answers (:data:`NOBODY`) go nowhere, and so are not encoded."""
+        coded = None if fetch.peer == NOBODY else stored.answer(fetch.slot, fetch.held, previous)
         if coded is None:
             self.stats.bytes_out += stored.nbytes
             return SendWeights(fetch.peer, fetch.request, stored, previous)

@@ -106,8 +106,6 @@ class StoredChunk:
     def forget(self, slot: int) -> None:
         """What the worker in ``slot`` said last of a buffer does not count any more."""
         self._latest.pop(slot, None)
-        if self.coding is not None:
-            self.coding.forget(slot)
 
     def understands(self, hyper: bytes) -> bool:
         """Whether ``hyper`` holds options of the kinds that the parameter group had at the start."""
@@ -157,9 +155,11 @@ class StoredChunk:
             bases.given(slot, self.version)
 
     def left_by(self, slot: int) -> None:
-        """No more contributions come from the worker that was in ``slot``."""
+        """No more contributions come from the worker that was in ``slot``, nor answers to it."""
         if (bases := self.bases) is not None:
             bases.forget(slot)
+        if self.coding is not None:
+            self.coding.forget(slot)
 
     def compensates(self, contribution: Contribution) -> bool:
         """Whether what is to be done about late contributions can be done for this one, which comes next."""
@@ -189,10 +189,10 @@ class StoredChunk:
         weights, version = (self.previous, self.previous_version) if previous else (self.weights, self.version)
         return version, *self.coding.answer(slot, held, weights, version)
 
-    def forget_views(self) -> None:
-        """Nobody knows what the workers have."""
+    def forget_views(self, term: int) -> None:
+        """Nobody knows what the workers have: this shard takes another one's place, in ``term``."""
         if self.coding is not None:
-            self.coding.forget()
+            self.coding.take_place(term)
 
     def _replace(self, round_: list[Contribution]) -> None:
         """Buffers: the mean over all slots of what each said last; integers are the lowest slot's."""

@@ -33,9 +33,9 @@ USER = {
     "CheckpointNow", "ScaleJob", "SetJob", "SubmitJob",
 }  # fmt: skip
 PROCESS = {
-    "Agree", "BeginPass", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted",
+    "Agree", "BeginPass", "EndTraining", "EnterBarrier", "Goodbye", "LogMetrics", "MembersSet", "Progress", "Promoted",
     "RegisterShard", "RegisterWorker", "ReportFailure", "ShardReady", "ShardReport", "SnapshotPart", "SnapshotTaken",
-    "Spans", "TakeLease",
+    "Spans", "TakeLease", "TakePortion", "VectorsDone",
 }  # fmt: skip
 TABLE = {
     "user": USER,

@@ -13,7 +13,10 @@ from downpour_common import exitcodes
 from downpour_common.config import job_spec
 from downpour_common.errors import ConfigError, ProtocolError
 from downpour_coordinator.changes import Changes, changed, differences
+from downpour_coordinator.effects import LogRow
 from downpour_coordinator.lifecycle import Phase
+from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.recorder import EVERY_S
 from downpour_coordinator.service import JobService
 from downpour_deploy.change.wait import await_change, exit_code
 
@@ -85,14 +88,32 @@ def test_a_job_goes_on_from_a_checkpoint_with_another_mode_and_that_is_no_restar
     assert life.training.facts.resume == "checkpoints/000001"
     assert all(p.epoch > epochs[key] for key, p in life.processes.items())
     assert life.change("t", [])["state"] == "changing", "nobody has made a step"
+    began_s = world.now_s
     trains(world, 6)
     assert life.change("t", [])["state"] == "changed"
     assert life.change("t", [])["number"] == 1
+    figures = outcome_of(life, "out", began_s + 8.0)
+    assert (figures.steps, figures.train_s) == (1, pytest.approx(8.0, abs=1.0)), "both since it began again"
     assert (life.restarts, life.failure, life.warnings, life.checkpoints.interval_s) == (0, None, [], 7.0)
     for slot in (0, 1):
         world.leave(slot)
     world.wait_for(Phase.OVER)
     assert life.state == "SUCCEEDED"
+
+
+def test_measures_after_a_change_count_from_there() -> None:
+    world = World(mode="async").start()
+    world.progress(0, 3, samples=1000)
+    world.wait(EVERY_S)
+    world.life.change("t", ["mode=sync", "target=loss=0.5"])
+    world.tick()
+    world.wait_for(Phase.TRAINING)
+    world.tick()
+    life, began_s = world.life, world.now_s
+    assert life.recorder.target.figures() == {"wanted": "loss<=0.5", "value": None, "reached": None}
+    world.progress(0, 6, samples=640)
+    [row] = [e.row for e in life.tick(began_s + EVERY_S) if isinstance(e, LogRow)]
+    assert row["measures"]["throughput"] == 640 / EVERY_S
 
 
 def test_whatever_the_coordinator_has_forgotten_is_done_once() -> None:

@@ -132,6 +132,11 @@ def test_all_problems_are_told_at_once_each_with_its_path() -> None:
     assert "Value error" not in mode
 
 
+def test_what_was_found_is_said_once() -> None:
+    [line] = problems(mode="average")
+    assert line == "mode: average needs its local steps, such as average:50; found 'average'"
+
+
 def test_problems_between_fields_are_told_at_once_too() -> None:
     found = problems(mode="sync", settings={"n_push": 2, "port": 5000})
     assert len(found) == 2

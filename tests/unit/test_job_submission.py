@@ -58,6 +58,14 @@ def test_flags_win_over_the_job_file(project: Path) -> None:
     assert folder == str(project)
 
 
+def test_a_mode_of_a_group_is_added_to_the_mode_of_the_file(project: Path) -> None:
+    (project / "job.toml").write_text('script = "train.py"\nmode = "sync"\nworkers = 2\n')
+    spec, _ = describe(str(project / "job.toml"), {"mode": None}, (), ["1=async"])
+    assert spec.mode == "sync;1=async"
+    spec, _ = describe(str(project / "train.py"), {"mode": "ssp:2", "workers": 2}, (), ["0=sync"])
+    assert spec.mode == "ssp:2;0=sync"
+
+
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         describe("nowhere.py", {"mode": "quick", "workers": 0}, ("--set x: no such setting",))

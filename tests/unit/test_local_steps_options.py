@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {"name": "job", "script": "train.py", "workers": 4, "shard
     [
         ({"mode": "average:5", "settings": {"fetch": "layers"}}, "layers keeps no weights between steps"),
         ({"mode": "diloco:5", "settings": {"n_push": 2}}, "mode diloco:5 exchanges when it says itself"),
-        ({"mode": "easgd:5", "settings": {"inject_staleness": 2}}, "pushes no gradients that could be held back"),
+        ({"mode": "easgd:5", "settings": {"inject_staleness": 2}}, "does not go with mode easgd:5"),
         ({"mode": "easgd:5", "tensor": [2]}, "easgd:5 is for replicas of one worker each"),
         ({"mode": "diloco:5,fragments=6"}, "at most 5"),
         ({"mode": "average:5", "rule": "mine:Rule"}, "the servers run the mode's own"),

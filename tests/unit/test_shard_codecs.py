@@ -17,7 +17,7 @@ from downpour_common.compression import parse_compression
 from downpour_common.modes import parse_mode
 from downpour_server.coding import ChunkCoding
 from downpour_server.effects import Reply
-from downpour_server.shard import Identity, Shard
+from downpour_server.shard import NOBODY, Identity, Shard
 from downpour_server.state import STATE, attributes
 
 NUMEL = 64
@@ -230,6 +230,45 @@ def test_who_leaves_owes_nothing_to_a_snapshot() -> None:
     d.leave(0)
     assert d.written
     assert not d.written[0].error
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_what_a_worker_had_is_forgotten_when_it_is_gone(in_order: bool) -> None:
+    """It is as much memory as the weights are."""
+    d = driver("pull=topk:0.5")
+    d.members(1, (0, 0), (1, 0))
+    for slot in range(2):
+        held(d, slot, 0, ONES, 0)
+    coding = d.shard.chunks[0].coding
+    assert coding is not None
+    assert sorted(coding._views) == [0, 1]
+    if in_order:
+        d.leave(1)
+    else:
+        d.members(2, (0, 0))
+    assert sorted(coding._views) == [0]
+
+
+def test_views_of_a_former_shard_have_other_numbers() -> None:
+    """So that none is mistaken for one of this shard's, even if the answer that tells of it is lost."""
+    d = driver("pull=topk:0.5")
+    before = held(d, 0, 0, ONES, 0)
+    assert isinstance(before, m.WeightsCoded)
+    after = driver("pull=topk:0.5")
+    after.shard.recovered(0)
+    for seq in range(2):
+        sent = held(after, 0, seq, ONES, before.view)
+        assert isinstance(sent, m.WeightsCoded)
+        assert (sent.base, sent.view == before.view) == (0, False)
+
+
+def test_a_follower_encodes_no_answers() -> None:
+    d = driver("pull=topk:0.5")
+    d.shard.handle(NOBODY, holding(d.pushed(0, 0, 0, ONES), 0), 0.0)
+    coding = d.shard.chunks[0].coding
+    assert coding is not None
+    assert not coding._views
+    assert d.weights().tolist() == [1.0] * NUMEL
 
 
 def _wanted(effect: object) -> bool:

@@ -114,13 +114,12 @@ def submit(
         from downpour.jobs.errors import BadJobFile, JobRefused
         from downpour.jobs.submission import describe
         from downpour_common.messages import Refusal
-        from downpour_common.modes import with_groups
 
         fields: dict[str, Any] = {
             "args": tuple(args) if args else None,
             "workers": workers,
             "shards": shards,
-            "mode": with_groups(mode or "async", group_mode) if group_mode else mode,
+            "mode": mode,
             "rule": rule,
             "compress": compress,
             "target": target,
@@ -145,7 +144,7 @@ def submit(
         settings = [*(settings or ()), f"on_nan={on_nan}"] if on_nan is not None else settings
         lists = {"settings": settings, "env": env, "worker_labels": worker_label, "server_labels": server_label}
         fields |= _parsed(lists, threads, problems)
-        spec, sent_folder = describe(script, fields, tuple(problems))
+        spec, sent_folder = describe(script, fields, tuple(problems), group_mode or ())
         try:
             code = _submit(spec, sent_folder, where, anyway, dry_run, follow, json_)
         except JobRefused as error:

@@ -12,7 +12,7 @@ from downpour_common import messages as m
 from downpour_common.codecs import codec_for
 from downpour_common.codecs.base import Codec, as_memory, as_tensor
 from downpour_common.codecs.feedback import encode_with_feedback, seed_of
-from downpour_common.compression import CODED_DTYPE, Compression
+from downpour_common.compression import Compression, is_coded
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import Chunk
 from downpour_common.messages import Buffer
@@ -33,11 +33,11 @@ class WorkerCoding:
 
     def pushes(self, chunk: Chunk) -> bool:
         """Whether contributions to the chunk are encoded."""
-        return self._push is not None and _is_coded(chunk)
+        return self._push is not None and is_coded(chunk)
 
     def stages(self, chunk: Chunk) -> bool:
         """Whether the chunk's gradient may be sent ahead: as it is, and with nothing to say about the answer."""
-        return not (self.pushes(chunk) or (self._follows and _is_coded(chunk)))
+        return not (self.pushes(chunk) or (self._follows and is_coded(chunk)))
 
     def encode(self, chunk: Chunk, gradient: memoryview, seq: int, counts: bool) -> memoryview:
         """The contribution of number ``seq``, good until the next one to the chunk. One that does not count
@@ -78,11 +78,11 @@ class WorkerCoding:
 
     def held(self, chunk: Chunk) -> int:
         """What a request for the chunk's weights says that this worker has, see :class:`m.Pull`."""
-        return self._held.get(chunk.index, 0) if self._pull is not None and _is_coded(chunk) else -1
+        return self._held.get(chunk.index, 0) if self._pull is not None and is_coded(chunk) else -1
 
     def differs(self, chunk: Chunk) -> bool:
         """Whether weights come as differences."""
-        return self._follows and _is_coded(chunk)
+        return self._follows and is_coded(chunk)
 
     def not_coded(self, chunk: Chunk) -> None:
         """The chunk's weights have come as they are."""
@@ -91,7 +91,7 @@ class WorkerCoding:
     def take(self, message: m.WeightsCoded, chunk: Chunk, into: memoryview) -> bool:
         """Bring the weights in ``message`` to ``into``; False: it is of no use any more. Raises
         :class:`ProtocolError`."""
-        if self._pull is None or not _is_coded(chunk):
+        if self._pull is None or not is_coded(chunk):
             raise ProtocolError(f"chunk {chunk.index} is not encoded in this job")
         index, data = chunk.index, as_tensor(message.payload)
         size = chunk.nbytes if self._follows and not message.base else self._pull.nbytes(chunk.numel)
@@ -111,7 +111,3 @@ class WorkerCoding:
         weights.copy_(self._views[index])
         self._held[index] = message.view
         return True
-
-
-def _is_coded(chunk: Chunk) -> bool:
-    return chunk.kind == "trainable" and chunk.dtype == CODED_DTYPE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,7 +83,7 @@ class ParameterClient:
         self._memory = memory
         compression = parse_compression(context.compress)
         self._coding = WorkerCoding(compression) if compression else None
-        self._wanted: list[m.ResidualWanted] = []
+        self._wanted: deque[m.ResidualWanted] = deque()
         self._epochs = [0] * len(shards)
         self._replies: dict[int, m.HelloReply] = {}
         """by shard, the newest"""
@@ -391,11 +392,11 @@ class ParameterClient:
 
     def _pay(self) -> None:
         """Tell the shards what they want to know of residuals, as these are now."""
-        wanted, self._wanted = self._wanted, []
-        if self._coding is None or not wanted:
+        if self._coding is None or not self._wanted:
             return
         c, submissions = self._context, []
-        for notice in wanted:
+        while self._wanted:  # the client's thread may add some meanwhile
+            notice = self._wanted.popleft()
             chunk = self._layout.chunks[notice.chunk]
             owed, number = self._coding.residual(chunk), self._thread.number()
             message = m.Residual(number, c.job, c.slot, c.worker_epoch, notice.snapshot, chunk.index, owed)

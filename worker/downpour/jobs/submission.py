@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from downpour_common.config import JobSpec, job_spec
 from downpour_common.errors import BundleError, ConfigError
 from downpour_common.jobfile import load, merge, travelling
 from downpour_common.messages import Ack, Document, PutBundle, Refusal, Reply, SubmitJob
+from downpour_common.modes import with_groups
 from downpour_common.optimizers import missing_rule
 from downpour_common.replicas import ranks_given
 
@@ -51,11 +52,14 @@ class Submission:
         }
 
 
-def describe(script: str, fields: Mapping[str, Any], problems: tuple[str, ...] = ()) -> tuple[JobSpec, str]:
+def describe(
+    script: str, fields: Mapping[str, Any], problems: tuple[str, ...] = (), group_modes: Sequence[str] = ()
+) -> tuple[JobSpec, str]:
     """The job of ``script`` (a ``.py`` file, or a job file ``.toml``) with ``fields``, and the folder to send.
 
     ``fields`` are those of :class:`JobSpec`, None for what was not said; they win over the job file's. ``problems``
-    are found already. Raises :class:`ConfigError` with all problems, :class:`BadJobFile` when a job file was given.
+    are found already. ``group_modes``: ``GROUP=MODE`` to add to the mode, wherever that is from. Raises
+    :class:`ConfigError` with all problems, :class:`BadJobFile` when a job file was given.
     """
     found = list(problems)
     from_file: dict[str, object] = {}
@@ -69,6 +73,8 @@ def describe(script: str, fields: Mapping[str, Any], problems: tuple[str, ...] =
         else:
             from_file = load(script)
         merged = merge(from_file, dict(fields))
+        if group_modes:
+            merged["mode"] = with_groups(str(merged.get("mode", "async")), group_modes)
         path = str(merged.get("script", ""))
         if path and not os.path.isfile(path):
             found.append(f"{path}: no such file; give the path of the training script")
@@ -130,6 +136,8 @@ def send(
             if error.code != Refusal.NOT_READY or last or dry_run:
                 raise _with_hint(error) from None
         except CoordinatorUnreachable as error:
+            if dry_run:
+                raise
             raise MaybeSubmitted(error) from error
     raise AssertionError
 
