@@ -1,11 +1,11 @@
 """Asynchronous advantage actor-critic (A3C, Mnih et al. 2016) on gymnasium's CartPole-v1.
 
-    python cartpole_a3c.py                                      one ordinary process
+    OMP_NUM_THREADS=1 python cartpole_a3c.py                    one ordinary process; the networks are small
     downpour run -w 4 -s 1 --mode async cartpole_a3c.py         four actor-learners that share weights and Adam's state
 
 Every worker plays with environments of its own, and learns from each of its trajectories once, on the weights that it
 played them with; the servers apply the workers' gradients as they come. There is no data loader: `downpour.add_samples`
-counts the steps. The chief evaluates now and then, and ends the job for all with `downpour.stop`.
+counts the steps. The chief watches its own episodes, and ends the job for all with `downpour.stop`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import downpour
-from cartpole_env import GAMMA, SOLVED, Actor, ActorCritic, Trajectory, evaluate
+from cartpole_env import GAMMA, LEAST_STD, SOLVED, Actor, ActorCritic, Trajectory, evaluate
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def loss_of(model: nn.Module, trajectory: Trajectory, args: argparse.Namespace) 
     better = advantages(trajectory, values.detach(), GAMMA, args.lam)
     goals = (better + values[:-1].detach())[trajectory.valid]
     better = better[trajectory.valid]
-    better = (better - better.mean()) / (better.std() + 1e-6)
+    better = (better - better.mean()) / better.std().clamp(min=LEAST_STD)
     log_probs = logits[:-1][trajectory.valid].log_softmax(-1)
     taken = log_probs.gather(1, trajectory.actions[trajectory.valid].unsqueeze(1)).squeeze(1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()

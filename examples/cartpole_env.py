@@ -22,6 +22,9 @@ GAMMA = 0.99
 REWARD = 1 - GAMMA
 """that the networks see for a step, in place of 1: what is to come is then worth 1 at most. Otherwise the values'
 errors, which may be a hundred, decide alone how gradients are clipped, and the policy's steps with them."""
+LEAST_STD = 0.1
+"""the least standard deviation that advantages are divided by: ten steps' rewards. Once the pole stays up, they differ
+by the values' errors alone, which would otherwise be blown up and move the policy as far as real mistakes do."""
 
 
 class ActorCritic(nn.Module):

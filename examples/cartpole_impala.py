@@ -1,6 +1,6 @@
 """Actor-learners with V-trace (IMPALA, Espeholt et al. 2018) and a small replay, on gymnasium's CartPole-v1.
 
-    python cartpole_impala.py                                           one ordinary process
+    OMP_NUM_THREADS=1 python cartpole_impala.py                        one ordinary process; the networks are small
     downpour run -w 4 -s 1 --mode async cartpole_impala.py              four actor-learners
     downpour run -w 4 -s 1 --mode async cartpole_impala.py --actor-lag 16
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import downpour
-from cartpole_env import GAMMA, SOLVED, Actor, ActorCritic, Trajectory, evaluate
+from cartpole_env import GAMMA, LEAST_STD, SOLVED, Actor, ActorCritic, Trajectory, evaluate
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,11 +31,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--envs", type=int, default=16, help="environments of each worker")
     parser.add_argument("--n-steps", type=int, default=32, help="steps of each environment per update")
     parser.add_argument("--updates", type=int, default=3000, help="updates of each worker at most")
-    parser.add_argument("--lr", type=float, default=0.001, help="learning rate at the start")
-    parser.add_argument("--value-lr", type=float, default=0.004, help="that of the value network")
+    parser.add_argument("--lr", type=float, default=0.0005, help="learning rate at the start")
+    parser.add_argument("--value-lr", type=float, default=0.002, help="that of the value network")
     parser.add_argument("--lam", type=float, default=0.95, help="factor of V-trace's c, as in GAE")
     parser.add_argument("--entropy", type=float, default=0.005, help="weight of the policy's entropy")
-    parser.add_argument("--actor-lag", type=int, default=8, help="updates between two renewals of the actor's weights")
+    parser.add_argument("--actor-lag", type=int, default=4, help="updates between two renewals of the actor's weights")
     parser.add_argument("--replay", type=int, default=1, help="old trajectories in an update, beside the new one")
     parser.add_argument("--memory", type=int, default=16, help="trajectories that are kept for replay")
     parser.add_argument("--clip", type=float, nargs=2, default=(1.0, 1.0), help="largest rho and c of V-trace")
@@ -84,8 +84,10 @@ def loss_of(model: nn.Module, trajectory: Trajectory, args: argparse.Namespace) 
     taken = every.gather(2, trajectory.actions.unsqueeze(2)).squeeze(2)
     targets, advantages = vtrace(trajectory, taken.detach(), values.detach(), GAMMA, args.lam, args.clip)
     valid = trajectory.valid
+    # Centred as rho weighs it: an action that the policy of now would hardly take keeps an advantage near 0.
+    rho = (taken.detach() - trajectory.log_probs).exp().clamp(max=args.clip[0])[valid]
     better = advantages[valid]
-    better = (better - better.mean()) / (better.std() + 1e-6)
+    better = (better - rho * better.mean() / rho.mean()) / better.std().clamp(min=LEAST_STD)
     entropy = -(every.exp() * every).sum(-1)[valid].mean()
     value_loss = (targets - values[:-1])[valid].square().mean()
     return -(taken[valid] * better).mean() + 0.5 * value_loss - args.entropy * entropy
@@ -107,6 +109,7 @@ def main() -> None:
     memory: deque[Trajectory] = deque(maxlen=args.memory)
     draw = random.Random(1000 * (seed + first) + downpour.rank())
     version = 0
+    lags: list[list[int]] = []  # since the last line of metrics: the new trajectory's, and those of the replayed ones
     began_s = time.monotonic()
     for update in range(first, args.updates):
         if (update - first) % args.actor_lag == 0:
@@ -124,10 +127,12 @@ def main() -> None:
         optimizer.step()
         scheduler.step()
 
+        # Updates that the servers made, of anyone's gradients, between the weights that played and this update.
+        lags.append([max(0, downpour.version() - 1 - trajectory.version) for trajectory in learned])
         if update % 20 == 0:
-            # Updates of the servers, by whomever, since the weights were fetched that played.
-            lags = [max(0, downpour.version() - 1 - trajectory.version) for trajectory in learned]
-            downpour.log(mean_return=actor.mean_return, policy_lag=lags[0], replay_lag=max(lags), loss=loss)
+            policy_lag, replay_lag = sum(of[0] for of in lags) / len(lags), max(max(of) for of in lags)
+            lags.clear()
+            downpour.log(mean_return=actor.mean_return, policy_lag=policy_lag, replay_lag=replay_lag, loss=loss)
         if downpour.is_chief() and (update + 1) % args.print_every == 0:
             print(f"update {update + 1}  mean return {actor.mean_return:.1f}")
         if downpour.is_chief() and actor.mean_return >= args.target:
