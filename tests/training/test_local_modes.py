@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from downpour.session import Session
 from downpour_common.errors import ConfigError, ModelError, NonFiniteContribution
-from harness import CONTEXT, make_job, run_job
+from harness import CONTEXT, Killed, make_job, run_job
 
 STEPS = 24
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -294,22 +294,23 @@ def test_uneven_workers_never_hang(mode: str) -> None:
 
 
 def test_one_that_is_lost_is_not_waited_for() -> None:
-    from harness import Killed
-
-    lives: list[int] = []
+    replaced = threading.Event()
 
     def run(session: Session) -> None:
         local = Local(session.slot, adamw)
         session.prepare(local.model, local.optimizer, [])
+        if session.context.worker_epoch:
+            replaced.set()
         for step in range(20):
+            if session.slot == 0 and step == 15:  # of three exchanges the other had a part in one
+                assert replaced.wait(20), "it must be there before all have ended"
             local.step(step)
-            if session.slot == 1 and not lives and step == 5:
-                lives.append(session.context.worker_epoch)
+            if session.slot == 1 and step == 5 and not session.context.worker_epoch:
                 raise Killed
 
     job = make_job(run, context("average:4"))
     with job.running():
-        job.wait_for(lambda: bool(lives), "death")
+        job.wait_for(lambda: job.training.workers[1].gone, "death")  # else it is the next one that is taken for lost
         job.start_worker(1, epoch=1)
     assert job.results.keys() == {0, 1}
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from downpour.exchange import StateExchange
 from downpour.session import Session
+from downpour.takeover import Beginning
 from downpour_common.errors import ModelError
 from harness import CONTEXT, make_job, run_job
 
@@ -115,3 +117,43 @@ def test_a_worker_that_is_frozen_holds_nobody_up_and_what_it_gives_too_late_is_c
     with job.running():
         job.wait_for(lambda: set(job.results) >= {0, 1}, "end of those who are not frozen")
     assert job.training.late()[2] >= 1, "the gradient that it had when it was frozen"
+
+
+@pytest.mark.parametrize("mode", ["sync;1=async", "average:1"])
+def test_who_joins_is_in_every_round_from_then_on(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the others go between its greeting and its taking part."""
+    steps, over, behind = [0, 0], threading.Event(), 3
+    take_part = StateExchange.take_part
+
+    def late(exchange: StateExchange, begins: Beginning) -> Beginning:
+        if exchange._context.slot == 2:
+            job.wait_for(lambda: steps[0] >= begins.seq + behind, "going on without one who has not taken part")
+            taken = take_part(exchange, begins)
+            assert taken.seq >= begins.seq + behind
+            return taken
+        return take_part(exchange, begins)
+
+    def run(session: Session) -> list[int]:
+        model = Words()
+        optimizer = optimizer_of(model)
+        session.prepare(model, optimizer, [])
+        versions = [session.version]
+        while not over.is_set():
+            optimizer.zero_grad()
+            loss_of(model, len(versions), session.slot).backward()
+            optimizer.step()
+            versions.append(session.version)
+            if session.slot < 2:
+                steps[session.slot] += 1
+            elif len(versions) > STEPS:
+                over.set()
+        return versions
+
+    monkeypatch.setattr(StateExchange, "take_part", late)
+    job = make_job(run, replace(CONTEXT, mode=mode, workers=2, shards=2))
+    with job.running():
+        job.wait_for(lambda: steps[0] > 0, "first step")
+        job.start_worker(2)
+    versions = job.results[2]
+    assert isinstance(versions, list)
+    assert versions == list(range(versions[0], versions[0] + STEPS + 1)), "no round went by without it"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any, cast
 
+import torch
+from unit_kit import JOB, ShardDriver, model, tensor
+
+from downpour.joining import join
 from downpour.local.fragments import fragments_of
+from downpour_common import messages as m
 from downpour_common.layout import Chunk
 from downpour_common.modes import parse_mode
 from downpour_server.contribution import Contribution
@@ -144,3 +149,38 @@ def test_fragments_are_balanced_and_the_same_for_all() -> None:
     assert [f.offset for f in found] == [3, 6, 0]
     assert [f.offset for f in fragments_of(chunks[:1], 3, 10, 4)] == [0]
     assert fragments_of([], 3, 10, 0) == []
+
+
+class Joining:
+    """The client of worker 1, before whose first word worker 0 goes on for three rounds."""
+
+    def __init__(self, d: ShardDriver) -> None:
+        self.d = d
+        self.next = 0
+        self.lead = 3
+
+    def take_part(self) -> None:
+        for seq in range(self.lead):
+            assert self.d.push_pull(0, 0, seq, torch.ones(4)) is not None
+        self.lead = 0
+        d = self.d
+        d.answer(m.Hello(d.number(), JOB, 1, 1, d.layout.digest, self.next, 0))
+
+    def hello_again(self) -> list[m.Message]:
+        return [self.d.hello(1, worker_epoch=1)]
+
+    def begin_at(self, seq: int) -> None:
+        self.next = seq
+
+
+def test_who_joins_begins_where_the_others_stand_by_then() -> None:
+    d = ShardDriver(model(tensor("w", 4)), "average:1", 1)
+    d.init_all()
+    d.hello(0)
+    d.members(1, (0, 0), (1, 1))
+    client = Joining(d)
+    column = d.layout.of_column(0)
+    assert join(cast(Any, client), column, lambda number: number, 0) == client.next == 3
+    assert d.push_pull(0, 0, 3, torch.ones(4)) is None, "it is awaited"
+    assert d.push_pull(0, 1, 3, torch.ones(4), worker_epoch=1) is not None
+    assert join(cast(Any, client), column, lambda number: number, 4) == 4, "nobody has gone on meanwhile"

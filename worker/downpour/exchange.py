@@ -10,6 +10,7 @@ import torch
 from downpour import takeover
 from downpour.client.parameters import ParameterClient, PushHeader
 from downpour.context import WorkerContext
+from downpour.joining import join
 from downpour.space import FlatSpace
 from downpour.staging import Staging
 from downpour.takeover import Beginning
@@ -59,6 +60,14 @@ class StateExchange:
         self._fetch(*KINDS)
         self._arrived(others)
         return begins
+
+    def take_part(self, begins: Beginning) -> Beginning:
+        """Have rounds wait for this worker from the open one on; see :func:`downpour.joining.join`."""
+        number = join(self._client, self._space.column, self._agreed, begins.seq)
+        if number > begins.seq:  # what was fetched is of a round that is over
+            self._fetch("trainable")
+            self._arrived({})
+        return replace(begins, seq=number)
 
     def take_over(self, restored: bool, leave_point: Callable[[], None]) -> Beginning:
         """Begin where the worker has died whose place this one takes, with the weights of that round.

@@ -244,7 +244,7 @@ class Session:
         client = self._meet(layout, welcome, staging)
         common = () if self._replica is None else (self._replica.greatest, self._replica.together)
         self._exchange = StateExchange(c, space, staging, client, lambda: self.of_chief, *common)
-        begins, clock = self._begin(self._exchange, client, welcome)
+        begins, clock = self._begin(self._exchange, client, welcome, optimizer is not None)
         if offered is not None:
             # Local steps between two fetches are this worker's own.
             late = c.fetch_ahead or c.inject_staleness > 0
@@ -292,7 +292,7 @@ class Session:
         space, staging = self._layerwise.space(layout)
         client = self._meet(layout, welcome, staging)
         self._exchange = self._layerwise.exchange(space, staging, client, lambda: self.is_chief)
-        begins, clock = self._begin(self._exchange, client, welcome)
+        begins, clock = self._begin(self._exchange, client, welcome, optimizer is not None)
         if optimizer is not None:
             self._engine = self._layerwise.engine(
                 space, client, optimizer, clock, begins.seq, lambda: self._position, self._use_batches
@@ -307,7 +307,9 @@ class Session:
             client.moved(move)
         return client
 
-    def _begin(self, exchange: StateExchange, client: ParameterClient, welcome: m.Welcome) -> tuple[Beginning, int]:
+    def _begin(
+        self, exchange: StateExchange, client: ParameterClient, welcome: m.Welcome, trains: bool
+    ) -> tuple[Beginning, int]:
         """Bring this worker and the shards to the same weights; returns where it begins, and its first step's clock."""
         # From it the coordinator knows whom to tell of a shard that moves while it is greeted.
         epoch = welcome.position[0] if welcome.position else 0
@@ -315,7 +317,10 @@ class Session:
         if welcome.takes_over:
             begins = exchange.take_over(welcome.restored, self.leave_point)
             return begins, begins.seq
-        return exchange.start(welcome.restored), welcome.clock
+        begins = exchange.start(welcome.restored)
+        if trains and self.context.parsed_mode.joined_by_number:
+            begins = exchange.take_part(begins)
+        return begins, welcome.clock
 
     def _seed_apart(self) -> None:
         """Dropout, augmentation and the like differ between workers, and follow from the job's seed."""

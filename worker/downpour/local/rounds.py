@@ -36,7 +36,6 @@ class RoundsEngine(LocalEngine):
         self._fragments = fragments_of(self._chunks, count, self._every, self._seq)
         self._done = 0
         """steps since the first period began"""
-        self._client.take_part()
 
     @property
     def fragments(self) -> int:
