@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench_lib.markdown import WORDS, WORKLOADS
+from bench_lib.markdown_modes import WORKLOADS as MODE_WORKLOADS
 from table import RESULTS, ROOT, documents
 
 COLOURS = {"ours": "#1f6fb2", "peer": "#c8553d", "limit": "#9aa3ab"}
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         _save(_pushpull(found["pushpull"]), options.out / "pushpull.svg")
     if "training" in found:
         _save(_training(found["training"]), options.out / "training.svg")
+    if "modes" in found:
+        _save(_modes(found["modes"]), options.out / "modes.svg")
     if "memory" in found.get("model_parallel", {}).get("sections", {}):
         _save(_pipeline_memory(found["model_parallel"]["sections"]["memory"]), options.out / "pipeline_memory.svg")
     return 0
@@ -78,6 +82,32 @@ def _training(document: dict[str, Any]) -> Any:
         axes.set_title(WORKLOADS[section["workload"]["name"]], loc="left", fontsize=9)
         axes.set_xlabel("samples per second; bar: median, line: all turns")
         axes.invert_yaxis()
+    return figure
+
+
+def _modes(document: dict[str, Any]) -> Any:
+    """The final loss of each mode relative to one process' median: a dot per seed, a bar at the median."""
+    from matplotlib.figure import Figure
+
+    workloads = list(dict.fromkeys(row["workload"] for row in document["results"]))
+    ways = [way for way in dict.fromkeys(row["way"] for row in document["results"]) if way != "async n_push=5"]
+    figure = Figure(figsize=(9, 0.9 + 0.27 * len(ways)), layout="constrained")
+    panels = figure.subplots(1, len(workloads), squeeze=False, sharey=True)[0]
+    for axes, workload in zip(panels, workloads, strict=True):
+        losses = {
+            way: [r["loss"] for r in document["results"] if (r["workload"], r["way"]) == (workload, way)]
+            for way in ways
+        }
+        alone = median(losses["one process"])
+        for place, found in enumerate(losses.values()):
+            percent = [100 * (loss / alone - 1) for loss in found]
+            axes.plot(percent, [place] * len(percent), "o", color=COLOURS["ours"], markersize=4, alpha=0.6)
+            axes.plot([median(percent)] * 2, [place - 0.3, place + 0.3], color="#333333")
+        axes.axvspan(-2, 2, color=COLOURS["limit"], alpha=0.2)
+        axes.set_title(MODE_WORKLOADS[workload], loc="left", fontsize=9)
+        axes.set_xlabel("final loss beside one process, %")
+        axes.set_yticks(range(len(ways)), ways)
+    panels[0].invert_yaxis()
     return figure
 
 

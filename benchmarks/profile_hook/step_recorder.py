@@ -48,7 +48,7 @@ SEAMS = (
     Seam("shard", "downpour_server.service", "ShardService._take_control", "control and reports"),
     Seam("shard", "downpour_server.service", "ShardService._report", "control and reports"),
     Seam("shard", "downpour_server.shard", "Shard.handle", "identity, order, options"),
-    Seam("shard", "downpour_server.shard", "is_finite", "check for NaN"),
+    Seam("shard", "downpour_server.contributions", "is_finite", "check for NaN"),
     Seam("shard", "downpour_server.store", "StoredChunk.apply", "apply, all the rest"),
     Seam("shard", "downpour_server.store", "weighted_mean", "mean of a round"),
     Seam("shard", "downpour_server.rules.torch_rules", "TorchRule.apply", "update rule"),

@@ -55,8 +55,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
 }
 """By mode. ``backup`` of ``sync``: workers that a round does without; ``alpha`` 0: 0.9 / workers; ``fragments``: parts
-of the model that are exchanged one after the other; ``history``: pairs of L-BFGS; ``portions``: of the data, per worker;
-``backup`` of ``lbfgs``, 0 or 1: whether workers with nothing to do repeat portions that others are still at."""
+of the model that are exchanged one after the other; ``history``: pairs of L-BFGS; ``portions``: of the data, per
+worker; ``backup`` of ``lbfgs``, 0 or 1: whether workers with nothing to do repeat portions that others are still at."""
 ARGUMENTS = {
     "ssp": (0, "ssp needs its bound in clocks, such as ssp:3"),
     "average": (1, "average needs its local steps, such as average:50"),
@@ -110,6 +110,15 @@ class Mode:
     def in_rounds(self) -> bool:
         """Whether contributions of several workers are applied as one update."""
         return self.name in ("sync", "average", "diloco")
+
+    @property
+    def joined_by_number(self) -> bool:
+        """Whether some parameter groups train in rounds that contributions name by their numbers, while workers join
+        and leave: one that joins says from which on it takes part."""
+        modes = (self, *dict(self.groups).values())
+        return not self.synchronous and any(
+            mode.name in ("average", "diloco") or (mode.name == "sync" and not mode.backup) for mode in modes
+        )
 
     def of_group(self, group: int) -> Mode:
         """The mode of a parameter group; of -1, that of everything else."""

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from downpour_common.replicas import counted, is_lead
 from downpour_common.sizes import format_bytes
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.losses import late_in_words
 from downpour_coordinator.measures import quantiles
 from downpour_coordinator.outcome import Outcome
+from downpour_coordinator.phases import Phase
 from downpour_deploy.figures import measure_rows
 from downpour_deploy.resolve import ResolvedJob
 

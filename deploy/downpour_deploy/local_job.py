@@ -17,8 +17,9 @@ from downpour_common.config import to_toml
 from downpour_common.transport.zeromq import ZmqServer
 from downpour_coordinator import checkpoints
 from downpour_coordinator.effects import LogRow
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.outcome import Outcome, outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.processes import Failure, Process
 from downpour_coordinator.service import JobService
 from downpour_deploy import launch, running

@@ -19,8 +19,9 @@ from downpour_common.messages import Message, Refusal
 from downpour_common.transport import Peer
 from downpour_coordinator.effects import Effect as JobEffect
 from downpour_coordinator.effects import Send
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.nodes import Node, checked_facts, reported_processes
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.placement import Place, Room, place, place_gang
 from downpour_coordinator.processes import Key, Process
 

@@ -35,9 +35,10 @@ from downpour_coordinator.effects import Send, StorePart
 from downpour_coordinator.facts import facts_for
 from downpour_coordinator.files import DIGEST, Files
 from downpour_coordinator.journal import Journal
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
 from downpour_coordinator.nodes import Node
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.service import JobService
 from downpour_coordinator.summary import write_summary
 

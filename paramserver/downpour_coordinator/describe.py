@@ -6,9 +6,9 @@ from typing import Any
 
 from downpour_common.replicas import is_lead
 from downpour_coordinator.cluster import Cluster, JobRecord
-from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.nodes import Node
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.processes import Process
 from downpour_coordinator.training import Training
 

@@ -7,10 +7,11 @@ worker's: chunks *lodge* there, one by one, from an answer to that worker on (:c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from downpour_common import messages as m
 from downpour_common.layout import Chunk, SharedLayout
 from downpour_server.members import Members
 from downpour_server.store import StoredChunk
@@ -45,6 +46,12 @@ class AttachedMemory:
             held = from_bytes(self._memory[self._layout.gradient(chunk)], chunk.dtype)
             self._gradients[chunk.index] = held
         return held
+
+
+def memory_of(attached: Mapping[int, AttachedMemory], message: m.Contribution | m.Pull) -> AttachedMemory | None:
+    """The memory that the sender itself has attached, not a worker before it in its slot. ``attached``: by slot."""
+    memory = attached.get(message.slot)
+    return memory if memory is not None and memory.worker[1] == message.worker_epoch else None
 
 
 class Lodging:

@@ -10,6 +10,9 @@ from downpour_common.transport import Peer, Sent
 from downpour_server.snapshot import WriteSnapshot
 from downpour_server.store import StoredChunk
 
+NOBODY = b""
+"""Who has sent what a follower takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:

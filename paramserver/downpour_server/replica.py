@@ -25,8 +25,8 @@ from downpour_common import wire
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import Buffer, Message
 from downpour_common.transport import Peer
-from downpour_server.effects import Effect, Kept, Reply, SendKept, SendWeights, Tell
-from downpour_server.shard import NOBODY, Shard
+from downpour_server.effects import NOBODY, Effect, Kept, Reply, SendKept, SendWeights, Tell
+from downpour_server.shard import Shard
 from downpour_server.snapshot import Reading
 from downpour_server.state import Image, Received
 

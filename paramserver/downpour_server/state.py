@@ -25,11 +25,17 @@ import torch
 from downpour_common import wire
 from downpour_common.errors import ProtocolError
 from downpour_common.messages import Buffer
+from downpour_server.captures import Captures
 from downpour_server.coding import ChunkCoding
 from downpour_server.compensation.bases import Bases
 from downpour_server.compensation.compensator import Compensator
 from downpour_server.contribution import Contribution
+from downpour_server.contributions import Contributions
 from downpour_server.dedup import DedupWindow
+from downpour_server.endings import Endings
+from downpour_server.epochs import Epochs
+from downpour_server.fetches import Fetches
+from downpour_server.greeting import Greeting
 from downpour_server.members import Members
 from downpour_server.noise import NoiseMeter
 from downpour_server.passes import Passes, Trail
@@ -38,11 +44,14 @@ from downpour_server.policy.exchanges import ExchangeGate
 from downpour_server.policy.rounds import RoundGate
 from downpour_server.policy.stale import StaleGate
 from downpour_server.policy.synchronous import SyncGate
+from downpour_server.refusals import Refusals
+from downpour_server.settling import Settling
 from downpour_server.shard import Shard
 from downpour_server.snapshot import Reading
 from downpour_server.stats import ShardStats
 from downpour_server.store import StoredChunk
 from downpour_server.tensors import as_bytes, torch_dtype
+from downpour_server.updates import Updates
 
 PART_BYTES = 1 << 20
 TOGETHER_BYTES = 64 << 10
@@ -67,17 +76,32 @@ def _fields(carried: str = "", apart: str = "", own: str = "") -> Fields:
 
 STATE: dict[type, Fields] = {
     Shard: _fields(
-        "_position _recovered _unaligned _last_void _last_late",
-        "chunks stats noise _members _gates _passes _trail",
-        "identity layout _columns _trainable _pushed _pushed_bytes _mode _timeout_s _skips _fetches _ending "
-        "_attached _lodging _staged _capture vectors _stays_home",
+        apart="chunks stats noise _members _gates _passes _trail _captures _settling _updates",
+        own="identity layout _columns _trainable _mode _timeout_s _fetches _endings _epochs _greeting _contributions "
+        "_refusals _attached _lodging _staged vectors _stays_home",
+    ),
+    Captures: _fields("_position", own="open _job _shard _chunks _gates _numbered _stats"),
+    Settling: _fields("recovered", own="_members _columns _stats"),
+    Updates: _fields("unaligned", own="_chunks _columns _fetches _endings _captures _stats _noise"),
+    Fetches: _fields(own="waiting _chunks _gates _members _columns _attached _lodging _stats _refusals"),
+    Endings: _fields(own="waiting _members _refusals"),
+    Refusals: _fields(own="_chunks _stats"),
+    Epochs: _fields(
+        own="_chunks _trainable _gates _members _columns _passes _trail _endings _updates _captures _numbered"
+    ),
+    Greeting: _fields(
+        own="_shard _digest _gates _members _columns _passes _trail _settling _updates _captures _refusals _numbered"
+    ),
+    Contributions: _fields(
+        own="shard_epoch _chunks _gates _members _columns _attached _lodging _staged _trail _settling _fetches "
+        "_updates _captures _stats _refusals _skips _pushed _pushed_bytes"
     ),
     Members: _fields("first_seq version _epochs _over _ended _left _awaited", own="_take_over"),
     Passes: _fields("ended _over _open"),
     Trail: _fields("_steps"),
     ShardStats: _fields(
         "staleness applied repeats refused bytes_in bytes_out staged clock_gap_max updates round _reported_round "
-        "lost lost_pushes non_finite late _lost slots uncompensated"
+        "lost lost_pushes non_finite late _lost _last_void _last_late slots uncompensated"
     ),
     NoiseMeter: _fields("_sums _held", own="_wanted _scratch"),
     StoredChunk: _fields(
@@ -120,7 +144,9 @@ class Image:
         self._tensors: list[torch.Tensor] = []
         self._borrowed = {id(g) for memory in shard._attached.values() for g in memory._gradients.values()}
         document = {
-            "shard": self._carried(shard),
+            "captures": self._carried(shard._captures),
+            "settling": self._carried(shard._settling),
+            "updates": self._carried(shard._updates),
             "members": self._carried(shard._members),
             "stats": self._carried(shard.stats),
             "noise": self._carried(shard.noise),
@@ -236,7 +262,9 @@ class Received:
         if self._document is None or self._place < len(self._tensors):
             raise ProtocolError("the state of a shard is not complete")
         document = self._document
-        self._set(shard, document["shard"])
+        self._set(shard._captures, document["captures"])
+        self._set(shard._settling, document["settling"])
+        self._set(shard._updates, document["updates"])
         self._set(shard._members, document["members"])
         self._set(shard.stats, document["stats"])
         self._set(shard.noise, document["noise"])

@@ -37,6 +37,8 @@ class ShardStats:
     """contributions to trainable chunks that were applied as they were, because the weights that they were computed on
     are not here"""
     _lost: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _last_void: dict[int, int] = field(default_factory=dict)
+    _last_late: dict[int, int] = field(default_factory=dict)
     _reported_round: int = 0
 
     def apply(self, slot: int, staleness: int) -> None:
@@ -56,6 +58,19 @@ class ShardStats:
             self.lost += count
             self._lost[slot, chunk] += count
             self.lost_pushes[slot] = max(self.lost_pushes.get(slot, 0), self._lost[slot, chunk])
+
+    def count_late(self, slot: int, seq: int) -> None:
+        """A contribution has come after its round. Counted once for all chunks here, which get the same number one
+        after the other."""
+        if self._last_late.get(slot) != seq:
+            self._last_late[slot] = seq
+            self.late[slot] += 1
+
+    def count_void(self, slot: int, seq: int) -> None:
+        """A contribution with NaN or Inf is left out; counted as :meth:`count_late` does."""
+        if self._last_void.get(slot) != seq:
+            self._last_void[slot] = seq
+            self.non_finite[slot] += 1
 
     def losses(self) -> dict[str, Any]:
         """The part of :meth:`document` that is kept with checkpoints."""

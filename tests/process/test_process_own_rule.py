@@ -44,6 +44,7 @@ for step in range(10):
 """
 
 
+@pytest.mark.long
 def test_the_shards_run_the_jobs_rule_until_it_fails_and_tell_its_name(box: Box) -> None:
     (box.folder / "patience.py").write_text(RULES)
     (box.folder / "train.py").write_text(SCRIPT)

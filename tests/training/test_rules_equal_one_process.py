@@ -60,7 +60,14 @@ def train(model: nn.Module, optimizer: Optimizer, rows: slice) -> list[torch.Ten
     return [p.detach().clone() for p in model.parameters()]
 
 
-CASES = [(name, shards) for name in OPTIMIZERS for shards in (1, 3) if shards == 3 or name not in ("ASGD", "Rprop")]
+QUICK = {("LAMB", 3), ("LARS", 1), ("FTRL", 3), ("Lion", 3), ("MuonAdamW", 3)}
+"""What is tried each time; everything else takes half a minute more."""
+CASES = [
+    pytest.param(name, shards, marks=() if (name, shards) in QUICK else pytest.mark.long)
+    for name in OPTIMIZERS
+    for shards in (1, 3)
+    if shards == 3 or name not in ("ASGD", "Rprop")
+]
 
 
 @pytest.mark.parametrize(("name", "shards"), CASES)

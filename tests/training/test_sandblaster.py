@@ -102,6 +102,7 @@ def test_logistic_regression_reaches_the_optimum_that_torch_reaches() -> None:
     assert job.training.latest["loss"] == found.loss
 
 
+@pytest.mark.long
 def test_a_small_net_reaches_a_loss_as_low_as_torch_s() -> None:
     wishes = Wishes(max_iterations=100, weight_decay=1e-3)
     found = check_minimum(run_job(body_of(perceptron, wave(), mse_loss, wishes, 16), LBFGS))

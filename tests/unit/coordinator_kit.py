@@ -19,7 +19,8 @@ from downpour_coordinator.cluster import Cluster, ForJob, JobRecord, record_docu
 from downpour_coordinator.cluster import Effect as ClusterEffect
 from downpour_coordinator.effects import Export, FindCheckpoint, FindShardCheckpoint, ForgetSnapshot, Prune
 from downpour_coordinator.facts import facts_for
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.processes import Key, Process
 from downpour_coordinator.snapshots import CommitSnapshot, SnapshotFailed
 from downpour_coordinator.training import JobFacts, LogRow, Send, StorePart, Training

@@ -14,8 +14,8 @@ from downpour_common.config import job_spec
 from downpour_common.errors import ConfigError, ProtocolError
 from downpour_coordinator.changes import Changes, changed, differences
 from downpour_coordinator.effects import LogRow
-from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.recorder import EVERY_S
 from downpour_coordinator.service import JobService
 from downpour_deploy.change.wait import await_change, exit_code

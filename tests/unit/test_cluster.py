@@ -16,7 +16,8 @@ from downpour_common.messages import Refusal
 from downpour_coordinator.cluster import Cluster, JobKeys, JobRecord
 from downpour_coordinator.describe import job_document, node_document
 from downpour_coordinator.effects import Send
-from downpour_coordinator.lifecycle import NO_PLACE_S, Phase
+from downpour_coordinator.phases import Phase
+from downpour_coordinator.running import NO_PLACE_S
 
 
 def small(**fields: Any) -> Hosts:

@@ -23,7 +23,7 @@ from downpour_common.messages import Message, Refusal
 from downpour_coordinator.daemon import CoordinatorDaemon
 from downpour_coordinator.files import Files
 from downpour_coordinator.journal import Journal
-from downpour_coordinator.lifecycle import Phase
+from downpour_coordinator.phases import Phase
 
 CODE = b"the code" * 100
 DIGEST = hashlib.sha256(CODE).hexdigest()

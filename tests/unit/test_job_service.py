@@ -16,7 +16,8 @@ from downpour_common.layout import ModelSpec
 from downpour_common.modes import parse_mode
 from downpour_coordinator.effects import FindCheckpoint
 from downpour_coordinator.facts import JobFacts
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.service import JobService
 
 MODEL = model(tensor("w", 4))

@@ -17,9 +17,9 @@ from downpour.jobs.status import job_status
 from downpour_common import messages as m
 from downpour_common.config import job_spec
 from downpour_common.errors import ConfigError
-from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.losses import Past, late_in_words
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.recovery import WORKER_SILENT_S
 from downpour_deploy.jobs.tables import closing_lines, job_details
 from downpour_server.snapshot import write

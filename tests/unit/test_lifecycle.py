@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 
 from downpour_common import messages as m
 from downpour_common.errors import ConfigError, ProtocolError
-from downpour_coordinator.lifecycle import (
-    CANCEL_GRACE_S,
-    CLOSE_S,
-    KEEP_S,
-    RETRY_S,
-    Lifecycle,
-    Phase,
-)
+from downpour_coordinator.checkpointing import RETRY_S
+from downpour_coordinator.ending import CANCEL_GRACE_S, CLOSE_S, KEEP_S
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.recovery import LONG_S, LONGEST_BACKOFF_S
 
 MODES = ["async", "ssp:2", "sync"]

@@ -14,9 +14,9 @@ from unit_kit import JOB, model, tensor
 from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_coordinator import checkpoints
-from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.losses import Lost
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.recovery import LONGEST_BACKOFF_S, SHARD_SILENT_S, WORKER_SILENT_S, whole_backoff_s
 
 FREE = ["async", "ssp:2"]

@@ -101,7 +101,11 @@ def pair() -> Pair:
 # ---------------------------------------------------------------- the whole
 
 
-@pytest.mark.parametrize("seeds", [range(at, at + 30) for at in range(0, 300, 30)], ids=str)
+@pytest.mark.parametrize(
+    "seeds",
+    [pytest.param(range(at, at + 30), marks=() if at < 120 else pytest.mark.long) for at in range(0, 300, 30)],
+    ids=str,
+)
 def test_nothing_answered_is_lost_and_nothing_counts_twice(seeds: range) -> None:
     """Leaders die or freeze at any point, followers die, connections break; see ``replica_sim``."""
     for seed in seeds:
@@ -249,6 +253,8 @@ def test_every_attribute_of_a_shard_is_accounted_for(mode: str) -> None:
     """Whoever adds one decides in ``state.STATE`` whether a follower needs it."""
     shard = make(1, mode)
     parts = [shard, shard._members, shard.stats, shard._passes, shard._trail]
+    parts += [shard._captures, shard._settling, shard._updates, shard._fetches, shard._endings, shard._refusals]
+    parts += [shard._epochs, shard._greeting, shard._contributions]
     parts += [*shard.chunks.values(), *shard._gates.values()]
     for part in parts:
         if part is not None:

@@ -6,7 +6,7 @@ import pytest
 from coordinator_kit import World
 
 from downpour_common import messages as m
-from downpour_coordinator.lifecycle import Phase
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.processes import Failure
 from downpour_coordinator.recovery import STUCK_S
 

@@ -10,8 +10,8 @@ from coordinator_kit import MODEL, OTHER, Job, World
 from downpour_common import messages as m
 from downpour_common.errors import ConfigError, ProtocolError
 from downpour_coordinator.agreements import LARGEST_VALUE, LONGEST_KEY, MOST_BYTES
-from downpour_coordinator.lifecycle import Phase
 from downpour_coordinator.outcome import outcome_of
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.roster import DRAIN_S
 
 FREE = ["async", "ssp:2"]

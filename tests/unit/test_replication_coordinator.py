@@ -16,7 +16,8 @@ from downpour_common.names import process_name, server_index
 from downpour_coordinator.cluster import JobRecord, start_document
 from downpour_coordinator.effects import FindCheckpoint, FindShardCheckpoint, LogRow, Send, StorePart
 from downpour_coordinator.facts import facts_for
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.placement import Room, place, place_gang
 from downpour_coordinator.reports import check_report
 from downpour_coordinator.snapshots import CommitSnapshot

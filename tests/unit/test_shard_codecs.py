@@ -16,8 +16,8 @@ from downpour_common.codecs.feedback import seed_of
 from downpour_common.compression import parse_compression
 from downpour_common.modes import parse_mode
 from downpour_server.coding import ChunkCoding
-from downpour_server.effects import Reply
-from downpour_server.shard import NOBODY, Identity, Shard
+from downpour_server.effects import NOBODY, Reply
+from downpour_server.shard import Identity, Shard
 from downpour_server.state import STATE, attributes
 
 NUMEL = 64

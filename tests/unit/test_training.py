@@ -16,8 +16,8 @@ from downpour_common import messages as m
 from downpour_common.errors import ProtocolError
 from downpour_common.layout import ModelSpec
 from downpour_common.messages import Refusal
+from downpour_coordinator.answers import ANSWERS_KEPT
 from downpour_coordinator.snapshots import CommitSnapshot, SnapshotFailed
-from downpour_coordinator.training import ANSWERS_KEPT
 
 # ---------------------------------------------------------------- joining
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from downpour_coordinator.facts import facts_for
-from downpour_coordinator.lifecycle import Lifecycle, Phase
+from downpour_coordinator.lifecycle import Lifecycle
+from downpour_coordinator.phases import Phase
 from downpour_coordinator.service import JobService
 from simulator.ledger import Violation
 from simulator.network import COORDINATOR, Server

@@ -10,7 +10,7 @@ from random import Random
 
 import torch
 
-from downpour_coordinator.lifecycle import Phase
+from downpour_coordinator.phases import Phase
 from simulator import invariants
 from simulator.carrier import Carrier
 from simulator.disk import Disk
