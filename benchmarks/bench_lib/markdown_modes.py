@@ -40,7 +40,8 @@ def modes(document: Document) -> list[str]:
             )
         heads = (WORKLOADS[workload], "loss", "of one process", "each seed", "accuracy", "bytes, of `sync`'s")
         lines += [*([""] if lines else []), *table(heads, rows)]
-    return [*lines, "", f"{document['passes']} passes, batches of {document['batch']} per worker. {where(document)}"]
+    passes = ", ".join(f"{count} of the {WORKLOADS[name]}" for name, count in document["passes"].items())
+    return [*lines, "", f"Passes: {passes}; batches of {document['batch']} per worker. {where(document)}"]
 
 
 def staleness(document: Document) -> list[str]:
