@@ -14,10 +14,15 @@ def write_summary(folder: str, document: dict[str, Any]) -> None:
     """Write it, whole or not at all. Raises ``OSError``."""
     path = os.path.join(folder, SUMMARY)
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=2)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def forget_summary(folder: str) -> None:

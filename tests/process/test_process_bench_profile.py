@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Box
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(120)]
 
 
 def test_both_sides_of_a_job_are_profiled(box: Box) -> None:

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Box
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(180)]
 
 
 def test_training_loops_of_all_kinds(box: Box) -> None:

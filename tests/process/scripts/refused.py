@@ -22,7 +22,7 @@ def main() -> None:
     model = nn.Linear(3, 2)
     attempt("frozen", frozen, frozen_optimizer)
     attempt("lbfgs", model, torch.optim.LBFGS(model.parameters()))
-    attempt("rprop", model, torch.optim.Rprop(model.parameters()))
+    attempt("adafactor", model, torch.optim.Adafactor(model.parameters()))
     attempt("stranger", model, torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1))
     attempt("two models", model, frozen)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
