@@ -22,7 +22,7 @@ run: $(VENV)/.done ## set up, then train digits with 2 shards and 2 workers
 test: $(VENV)/.done lint ## set up, then lint, types and all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-long: $(VENV)/.done ## the tests that CI has no time for: 2 minutes
+test-long: $(VENV)/.done ## the tests that CI has no time for: some ten minutes
 	$(BIN)/python -m pytest -m long -n auto --maxprocesses 2 --dist loadfile
 
 fast: $(VENV)/.done ## only the tests without processes

@@ -114,6 +114,7 @@ def _scaled(group: Group) -> list[Any]:
     return [*steps, float(every[1].grad[0])]
 
 
+@pytest.mark.long
 def test_two_ranks_clip_as_one_process_does() -> None:
     results = run_ranks(on_a_rank, (2,))
     for kind in NORMS:

@@ -40,6 +40,7 @@ def _relay(group: Group) -> list[str]:
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_all_ranks_get_the_batch_of_the_lead() -> None:
     lead, second = run_ranks(_relay, (1, 1))
     arrays = lead[2].replace("(array([0, 1, 2]),)", "(tensor([0, 1, 2]),)")

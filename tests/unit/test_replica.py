@@ -103,7 +103,7 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize(
     "seeds",
-    [pytest.param(range(at, at + 30), marks=() if at < 120 else pytest.mark.long) for at in range(0, 300, 30)],
+    [pytest.param(range(at, at + 30), marks=() if at < 60 else pytest.mark.long) for at in range(0, 300, 30)],
     ids=str,
 )
 def test_nothing_answered_is_lost_and_nothing_counts_twice(seeds: range) -> None:
