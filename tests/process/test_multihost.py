@@ -19,6 +19,7 @@ from hosts import Hosts
 
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.long,
     pytest.mark.timeout(120),
     pytest.mark.skipif(bool(network.missing()), reason=network.missing() or "-"),
 ]

@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Box, Ended, Running
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(120)]
 
 
 def start(box: Box, *arguments: str, **environment: str) -> Running:

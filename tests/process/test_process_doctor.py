@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Box, Ended, Running
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(120)]
 
 COMMAND = """
 import sys, typer
